@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: MIT
+"""Deploy RepVGG-style networks: fold every multi-branch block into one 3x3 convolution and run it with fused kernels."""
+
+from repvgg_cuda._ext import build_info, has_cuda_kernels
+from repvgg_cuda._version import __version__
+from repvgg_cuda.branches import BatchNorm, Branch, Branches
+from repvgg_cuda.ops import algorithms, conv3x3, fuse_weights, refusal
+
+__all__ = [
+    "BatchNorm",
+    "Branch",
+    "Branches",
+    "__version__",
+    "algorithms",
+    "build_info",
+    "conv3x3",
+    "fuse_weights",
+    "has_cuda_kernels",
+    "refusal",
+]

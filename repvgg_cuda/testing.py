@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: MIT
+"""Cases, oracles and derived error bounds, shared by the tests, the benchmarks and ``verify``. Numbers, no assertions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from repvgg_cuda.branches import BatchNorm, Branch, Branches
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def unit_roundoff(dtype: torch.dtype) -> float:
+    """Half the distance from 1 to the next larger number: 2^-24 for float32."""
+    return torch.finfo(dtype).eps / 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One 3x3 convolution problem; C, K are C_in, C_out."""
+
+    name: str
+    N: int
+    C: int
+    H: int
+    W: int
+    K: int
+    stride: int = 1
+    groups: int = 1
+
+    def __str__(self) -> str:
+        groups = f"g{self.groups}" if self.groups > 1 else ""
+        return f"{self.name}-{self.N}x{self.C}x{self.H}x{self.W}-k{self.K}s{self.stride}{groups}"
+
+    @property
+    def terms(self) -> int:
+        """Products summed in one output: 9 * C_in / groups."""
+        return 9 * self.C // self.groups
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions, with the taps that fall on padding counted."""
+        p, q = (self.H - 1) // self.stride + 1, (self.W - 1) // self.stride + 1
+        return 2 * self.N * self.K * p * q * self.terms
+
+    def tensors(
+        self, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", seed: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Random ``(x, weight, bias)``; the weights are scaled so that outputs are of order 1."""
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(self.N, self.C, self.H, self.W, generator=generator)
+        weight = torch.randn(self.K, self.C // self.groups, 3, 3, generator=generator) / self.terms**0.5
+        bias = torch.randn(self.K, generator=generator)
+        return x.to(device, dtype), weight.to(device, dtype), bias.to(device, dtype)
+
+
+#: Where kernels break: single pixels, single rows, sizes just off a tile, groups up to depthwise, empty batch.
+EDGE_CASES = (
+    Case("pixel", 1, 3, 1, 1, 4),
+    Case("row", 1, 3, 1, 19, 4),
+    Case("column", 2, 3, 19, 1, 4, stride=2),
+    Case("odd", 2, 5, 7, 9, 6),
+    Case("odd", 2, 5, 7, 9, 6, stride=2),
+    Case("odd", 1, 16, 33, 17, 24),
+    Case("odd", 1, 16, 33, 17, 24, stride=2),
+    Case("even-stride", 1, 8, 8, 10, 8, stride=2),
+    Case("notebook", 1, 2, 256, 256, 2),
+    Case("g2", 2, 8, 9, 8, 12, groups=2),
+    Case("g4", 1, 12, 11, 13, 8, stride=2, groups=4),
+    Case("depthwise", 2, 10, 9, 7, 10, groups=10),
+    Case("depthwise-multiplier", 1, 6, 8, 8, 18, stride=2, groups=6),
+    Case("batch9", 9, 4, 6, 6, 4),
+    Case("empty-batch", 0, 4, 6, 6, 4),
+    Case("many-channels", 1, 1280, 3, 3, 8),
+    Case("one-channel", 3, 1, 12, 12, 1),
+)
+
+#: Distinct 3x3 layers of RepVGG-A0 and B1g4 at 224 px (arXiv:2101.03697, tables 2 and 3), batch 1.
+REPVGG_LAYERS = (
+    Case("stem", 1, 3, 224, 224, 48, stride=2),
+    Case("A0-stage1.0", 1, 48, 112, 112, 48, stride=2),
+    Case("A0-stage1", 1, 48, 56, 56, 48),
+    Case("A0-stage2", 1, 96, 28, 28, 96),
+    Case("A0-stage3", 1, 192, 14, 14, 192),
+    Case("A0-stage4", 1, 192, 14, 14, 1280, stride=2),
+    Case("B1-stage1", 1, 128, 56, 56, 128),
+    Case("B1-stage2", 1, 256, 28, 28, 256),
+    Case("B1-stage3", 1, 512, 14, 14, 512),
+    Case("B1g4-stage3", 1, 512, 14, 14, 512, groups=4),
+)
+
+
+def conv3x3_fp64(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, groups: int = 1, activation: str = "identity"
+) -> Tensor:
+    """The oracle: the convolution of the given (already rounded) arguments in float64."""
+    y = F.conv2d(x.double(), weight.double(), None if bias is None else bias.double(), stride, 1, 1, groups)
+    return y.relu() if activation == "relu" else y
+
+
+def error_bound(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, groups: int = 1, algorithm: str = "aten"
+) -> Tensor:
+    """How far a correct kernel may be from :func:`conv3x3_fp64`, per output element.
+
+    A sum of n products in any order, each operation rounded with unit u, is off by at most ``gamma_n * sum |w||x|`` with
+    ``gamma_n = n u / (1 - n u)`` (Higham, Accuracy and Stability of Numerical Algorithms, sec. 3.1); the bias is one more
+    term, so n = 9 C_in / groups + 1. Sums run in float32 (float64 for float64). Storing a 16-bit result rounds it by u of
+    that type, and half a subnormal step; the result before the bias may have been stored too. ReLU adds nothing.
+
+    The bound is for direct convolutions: ``algorithm`` is there for those that transform their input, whose bounds grow
+    with the transforms. NaN or Inf where the oracle is not finite.
+    """
+    del algorithm  # every present algorithm is direct
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    n = 9 * weight.shape[1] + 1
+    u = unit_roundoff(compute)
+    absolute = conv3x3_fp64(x.abs(), weight.abs(), None if bias is None else bias.abs(), stride, groups)
+    bound = n * u / (1 - n * u) * absolute
+    if x.dtype != compute:
+        u_out = unit_roundoff(x.dtype)
+        bound = bound * (1 + 2 * u_out) + 2 * u_out * absolute + torch.finfo(x.dtype).smallest_normal * u_out * 2
+    elif compute == torch.float64:
+        bound = 2 * bound  # the oracle itself rounds in the same way
+    return bound
+
+
+def fold_bound(branches: Branches, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """How far a fold in float64, rounded once to ``dtype``, may be from the exact one: bounds of weight and bias.
+
+    A product and its scale take at most 6 roundings in float64 (add eps, root, divide, gamma, product, and one addition
+    per branch), a BatchNorm on the sum as many again; each is relative to the sum of magnitudes. The final rounding is
+    relative to the result, which the magnitudes bound.
+    """
+    weight, bias = _fold_magnitudes(branches)
+    u64, u = unit_roundoff(torch.float64), unit_roundoff(dtype)
+    steps = 2 * (6 + len(branches.parts)) * (2 if branches.post_bn else 1)
+    factor = steps * u64 + u * (1 + 2**-12)  # a float64 may pass through float32 on its way to a 16-bit type
+    return weight * factor, bias * factor
+
+
+def _fold_magnitudes(branches: Branches) -> tuple[Tensor, Tensor]:
+    """The fold of the block's absolute values: every term added, none cancelling."""
+    from repvgg_cuda.reference import fold_fp64
+
+    def magnitude(bn: BatchNorm | None) -> BatchNorm | None:
+        if bn is None:
+            return None
+        weight = None if bn.weight is None else bn.weight.abs()
+        bias = None if bn.bias is None else bn.bias.abs()
+        return BatchNorm(-bn.mean.abs(), bn.var, bn.eps, weight, bias)
+
+    parts = tuple(
+        Branch(
+            None if part.kernel is None else part.kernel.abs(),
+            None if part.bias is None else part.bias.abs(),
+            magnitude(part.bn),
+        )
+        for part in branches.parts
+    )
+    return fold_fp64(
+        Branches(parts, branches.in_channels, branches.out_channels, branches.groups, magnitude(branches.post_bn))
+    )
+
+
+def worst(y: Tensor, want: Tensor, bound: Tensor) -> str:
+    """A line about the element that uses most of its bound."""
+    error = (y.double() - want).abs()
+    if error.numel() == 0:
+        return "empty"
+    ratio = (error / bound.clamp_min(1e-300)).flatten()
+    i = int(ratio.argmax())
+    return (
+        f"worst element {i}: got {y.flatten()[i].item():.9g}, want {want.flatten()[i].item():.9g}, "
+        f"error {error.flatten()[i].item():.3g}, bound {bound.flatten()[i].item():.3g}"
+    )
+
+
+def random_batchnorm(channels: int, generator: torch.Generator, eps: float = 1e-5, affine: bool = True) -> BatchNorm:
+    """Statistics as training leaves them: scales near 1 of either sign, means near 0, variances over a decade."""
+
+    def normal() -> Tensor:
+        return torch.randn(channels, generator=generator)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand(channels, generator=generator) * (high - low) + low
+
+    mean, var = 0.3 * normal(), uniform(0.2, 2.0)
+    return BatchNorm(mean, var, eps, uniform(-1.5, 1.5), 0.3 * normal()) if affine else BatchNorm(mean, var, eps)
+
+
+def random_branches(
+    in_channels: int,
+    out_channels: int,
+    groups: int = 1,
+    seed: int = 0,
+    *,
+    n_3x3: int = 1,
+    n_1x1: int = 1,
+    identity: bool = True,
+    bias: bool = False,
+    bn: bool = True,
+    affine: bool = True,
+    post_bn: bool = False,
+    eps: float = 1e-5,
+) -> Branches:
+    """A random float32 block; the default is RepVGG's: 3x3, 1x1 and (where the channels agree) identity, each with BN."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def part(size: int | None) -> Branch:
+        fan_in = in_channels // groups * (size or 1) ** 2
+        kernel = (
+            None
+            if size is None
+            else torch.randn(out_channels, in_channels // groups, size, size, generator=generator) / fan_in**0.5
+        )
+        branch_bias = torch.randn(out_channels, generator=generator) if bias and size is not None else None
+        return Branch(kernel, branch_bias, random_batchnorm(out_channels, generator, eps, affine) if bn else None)
+
+    sizes: list[int | None] = [3] * n_3x3 + [1] * n_1x1
+    if identity and in_channels == out_channels:
+        sizes.append(None)
+    parts = tuple(part(size) for size in sizes)
+    trailing = random_batchnorm(out_channels, generator, eps, affine) if post_bn else None
+    return Branches(parts, in_channels, out_channels, groups, trailing)
