@@ -112,6 +112,7 @@ def refusal(
     reason: str | None = _ext.module.refusal(
         algorithm,
         x.device.type,
+        0 if x.device.index is None else x.device.index,
         tuple(x.shape),
         weight.shape[0],
         stride,

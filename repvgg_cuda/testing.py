@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from repvgg_cuda.branches import BatchNorm, Branch, Branches
+from repvgg_cuda.reference import fold_fp64
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -134,18 +135,51 @@ def fold_bound(branches: Branches, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
     A product and its scale take at most 6 roundings in float64 (add eps, root, divide, gamma, product, and one addition
     per branch), a BatchNorm on the sum as many again; each is relative to the sum of magnitudes. The final rounding is
-    relative to the result, which the magnitudes bound.
+    relative to the result, which the magnitudes bound, or half a step between subnormals.
     """
     weight, bias = _fold_magnitudes(branches)
     u64, u = unit_roundoff(torch.float64), unit_roundoff(dtype)
     steps = 2 * (6 + len(branches.parts)) * (2 if branches.post_bn else 1)
     factor = steps * u64 + u * (1 + 2**-12)  # a float64 may pass through float32 on its way to a 16-bit type
-    return weight * factor, bias * factor
+    half_step = torch.finfo(dtype).smallest_normal * u
+    return weight * factor + half_step, bias * factor + half_step
+
+
+def multi_branch_bound(x: Tensor, branches: Branches, stride: int = 1) -> Tensor:
+    """How far ``reference.multi_branch`` in the dtype of ``x`` may be from the same in float64, per output element.
+
+    Every term (an input times a tap times its branch's scale, a bias, a mean, a beta) is rounded in the sum of its
+    convolution (9 C_in / groups products and a bias), in its BatchNorm (at most 8 times for the scale, 3 times to
+    apply it; as often again for a BatchNorm on the sum) and in the sum of the branches; the bound is gamma of that
+    count times the sum of the magnitudes. 16-bit types compute each layer in float32 and store it: those roundings,
+    and half a subnormal step at each store, come on top.
+    """
+    weight, bias = _fold_magnitudes(branches)
+    absolute = conv3x3_fp64(x.abs(), weight, bias, stride, branches.groups)
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    batchnorms = 2 if branches.post_bn else 1
+    n = 9 * branches.in_channels // branches.groups + 1 + 11 * batchnorms + len(branches.parts)
+    u = unit_roundoff(compute)
+    bound = n * u / (1 - n * u) * absolute
+    if x.dtype != compute:
+        stores, u_out = 6 * batchnorms + len(branches.parts), unit_roundoff(x.dtype)
+        half_step = torch.finfo(x.dtype).smallest_normal * u_out
+        bns = [bn for bn in (*(part.bn for part in branches.parts), branches.post_bn) if bn is not None]
+        growth = max((float(_scale(bn).max()) for bn in bns), default=1.0)
+        bound = bound * (1 + 2 * stores * u_out) + 2 * stores * (u_out * absolute + half_step * (1 + growth) ** 2)
+    elif compute == torch.float64:
+        bound = 2 * bound  # the oracle itself rounds in the same way
+    return bound
+
+
+def _scale(bn: BatchNorm) -> Tensor:
+    """The magnitude of a BatchNorm's scale, in float64."""
+    scale = torch.rsqrt(bn.var.double() + bn.eps)
+    return scale if bn.weight is None else scale * bn.weight.double().abs()
 
 
 def _fold_magnitudes(branches: Branches) -> tuple[Tensor, Tensor]:
     """The fold of the block's absolute values: every term added, none cancelling."""
-    from repvgg_cuda.reference import fold_fp64
 
     def magnitude(bn: BatchNorm | None) -> BatchNorm | None:
         if bn is None:

@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: MIT
+// The fold of a block's branches into one 3x3 kernel and one bias, per element, in double (arXiv:2101.03697, sec. 3.3).
+// reference.py says the same in PyTorch and is the oracle.
+#pragma once
+
+#include <cmath>
+
+#include "core/dtype.h"
+
+namespace repvgg {
+
+constexpr int kMaxBranches = 32;  // repvgg_cuda/branches.py: MAX_BRANCHES
+
+// A dense vector or kernel of any float type. data == nullptr: absent.
+struct FoldArray {
+  const void* data;
+  DType dtype;
+
+  RVG_HOST_DEVICE bool present() const { return data != nullptr; }
+  RVG_HOST_DEVICE double at(int64_t i) const { return load_double(data, dtype, i); }
+  RVG_HOST_DEVICE double at_or(int64_t i, double absent) const { return present() ? at(i) : absent; }
+};
+
+struct FoldBatchNorm {
+  FoldArray weight, bias, mean, var;  // mean.present() == var.present(): whether there is a BatchNorm
+  double eps;
+};
+
+enum class FoldKind : int32_t { kIdentity, kConv1x1, kConv3x3 };
+
+struct FoldBranch {
+  FoldArray kernel;  // [K, C, taps]; absent for the identity
+  FoldArray bias;
+  FoldBatchNorm bn;
+  FoldKind kind;
+};
+
+// weight [K, C, 3, 3], bias [K]; C is C_in / groups. Passed to the CUDA kernel by value.
+struct FoldProblem {
+  int64_t K, C;
+  int32_t n_branches;
+  DType weight_dtype, bias_dtype;
+  void* weight;
+  void* bias;
+  FoldBatchNorm post_bn;
+  FoldBranch branches[kMaxBranches];
+};
+static_assert(sizeof(FoldProblem) <= 4096, "a kernel's parameters fit in 4 KB");
+
+// BN(v) = v * scale + shift for channel k; the identity where there is no BatchNorm.
+struct FoldAffine {
+  double scale, shift;
+};
+
+RVG_HOST_DEVICE inline FoldAffine fold_affine(const FoldBatchNorm& bn, int64_t k) {
+  if (!bn.mean.present()) return {1.0, 0.0};
+  const double scale = bn.weight.at_or(k, 1.0) * (1.0 / sqrt(bn.var.at(k) + bn.eps));
+  return {scale, bn.bias.at_or(k, 0.0) - bn.mean.at(k) * scale};
+}
+
+RVG_HOST_DEVICE inline double fold_bias(const FoldProblem& prob, int64_t k) {
+  double sum = 0.0;
+  for (int i = 0; i < prob.n_branches; ++i) {
+    const FoldAffine affine = fold_affine(prob.branches[i].bn, k);
+    sum += prob.branches[i].bias.at_or(k, 0.0) * affine.scale + affine.shift;
+  }
+  const FoldAffine post = fold_affine(prob.post_bn, k);
+  return sum * post.scale + post.shift;
+}
+
+// Tap t = 3 r + s of kernel (k, c). scales[i] is fold_affine(branches[i].bn, k).scale, post_scale that of post_bn.
+RVG_HOST_DEVICE inline double fold_weight(const FoldProblem& prob, const double* scales, double post_scale, int64_t k,
+                                          int64_t c, int t) {
+  constexpr int kCentre = 4;
+  double sum = 0.0;
+  for (int i = 0; i < prob.n_branches; ++i) {
+    const FoldBranch& branch = prob.branches[i];
+    if (branch.kind == FoldKind::kConv3x3) {
+      sum += branch.kernel.at((k * prob.C + c) * 9 + t) * scales[i];
+    } else if (t == kCentre) {
+      if (branch.kind == FoldKind::kConv1x1) sum += branch.kernel.at(k * prob.C + c) * scales[i];
+      // The identity of a grouped convolution: output k reads channel k of the input, which is k mod C in its group.
+      if (branch.kind == FoldKind::kIdentity && c == k % prob.C) sum += scales[i];
+    }
+  }
+  return sum * post_scale;
+}
+
+}  // namespace repvgg

@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: MIT
+#pragma once
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "ops/tensors.h"
+
+namespace repvgg::ops {
+
+std::tuple<Tensor, Tensor> fuse_weights(std::vector<Tensor> tensors, const std::vector<double>& bn_eps,
+                                        int64_t in_channels, int64_t out_channels, int64_t groups,
+                                        std::optional<ScalarType> dtype, std::optional<ScalarType> bias_dtype);
+
+}  // namespace repvgg::ops

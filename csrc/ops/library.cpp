@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: MIT
+// torch.ops.repvgg_cuda.*: schemas and kernels. Fake kernels, autograd and autocast are in
+// repvgg_cuda/_registration.py, which also holds a copy of the schemas for machines without this module.
+#include <torch/csrc/stable/library.h>
+
+#include "ops/conv3x3.h"
+#include "ops/fuse_weights.h"
+
+STABLE_TORCH_LIBRARY(repvgg_cuda, m) {
+  m.def(
+      "conv3x3(Tensor x, Tensor weight, Tensor? bias=None, int stride=1, int groups=1, str activation=\"identity\", "
+      "str algorithm=\"auto\") -> Tensor");
+  m.def(
+      "fuse_weights(Tensor[] tensors, float[] bn_eps, int in_channels, int out_channels, int groups, ScalarType? "
+      "dtype, "
+      "ScalarType? bias_dtype) -> (Tensor weight, Tensor bias)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(repvgg_cuda, CPU, m) {
+  m.impl("conv3x3", TORCH_BOX(&repvgg::ops::conv3x3));
+  m.impl("fuse_weights", TORCH_BOX(&repvgg::ops::fuse_weights));
+}
+
+// Without CUDA kernels in the build the CUDA key still runs F.conv2d, and refuses the rest with a remedy.
+STABLE_TORCH_LIBRARY_IMPL(repvgg_cuda, CUDA, m) {
+  m.impl("conv3x3", TORCH_BOX(&repvgg::ops::conv3x3));
+  m.impl("fuse_weights", TORCH_BOX(&repvgg::ops::fuse_weights));
+}

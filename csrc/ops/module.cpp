@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: MIT
+// The Python module _C: what the build holds, and both kernels for arrays of any library that speaks DLPack.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <map>
+
+#include "build_info.h"
+#include "ops/conv3x3.h"
+#include "ops/dlpack.h"
+#include "ops/fuse_weights.h"
+
+namespace py = pybind11;
+using torch::stable::Tensor;
+
+namespace {
+
+std::vector<std::string> algorithms(const std::string& device_type) {
+  const repvgg::AlgoTable table = repvgg::ops::algos_for(device_type);
+  std::vector<std::string> names;
+  for (int i = 0; i < table.size; ++i) names.emplace_back(table.rows[i]->name);
+  return names;
+}
+
+std::optional<std::string> refusal(const std::string& algorithm, const std::string& device_type, int device_index,
+                                   const std::array<int64_t, 4>& x_shape, int64_t out_channels, int stride, int groups,
+                                   const std::string& dtype, bool channels_last, const std::string& activation) {
+  using repvgg::DType;
+  static const std::map<std::string, DType> dtypes = {{"float64", DType::kFloat64},
+                                                      {"float32", DType::kFloat32},
+                                                      {"float16", DType::kFloat16},
+                                                      {"bfloat16", DType::kBFloat16}};
+  const repvgg::ConvAlgo* algo = repvgg::ops::algos_for(device_type).find(algorithm.c_str());
+  if (algo == nullptr) throw std::runtime_error("no algorithm '" + algorithm + "' on " + device_type);
+  const repvgg::ConvProblem prob = {x_shape[0],
+                                    x_shape[1],
+                                    x_shape[2],
+                                    x_shape[3],
+                                    out_channels,
+                                    stride,
+                                    groups,
+                                    dtypes.at(dtype),
+                                    channels_last ? repvgg::Layout::kNHWC : repvgg::Layout::kNCHW,
+                                    repvgg::ops::parse_activation(activation)};
+  const repvgg::Refusal why = algo->refuse(prob, {device_index >= 0, device_index});
+  if (why == nullptr) return std::nullopt;
+  return std::string(why);
+}
+
+std::map<std::string, bool> cpu_features() {
+#if defined(__x86_64__)
+  return {{"avx2", __builtin_cpu_supports("avx2") != 0},
+          {"fma", __builtin_cpu_supports("fma") != 0},
+          {"avx512f", __builtin_cpu_supports("avx512f") != 0}};
+#elif defined(__aarch64__)
+  return {{"neon", true}};
+#else
+  return {};
+#endif
+}
+
+// The result as an array of the library that x came from, where that library follows the array API standard.
+py::object like(const py::object& x, Tensor result) {
+  py::object array = py::cast(repvgg::ops::DLPackArray(std::move(result)));
+  if (!py::hasattr(x, "__array_namespace__")) return array;
+  return x.attr("__array_namespace__")().attr("from_dlpack")(array);
+}
+
+py::object conv3x3(const py::object& x, const py::object& weight, const std::optional<py::object>& bias, int64_t stride,
+                   int64_t groups, const std::string& activation, const std::string& algorithm) {
+  using repvgg::ops::from_dlpack;
+  const auto borrowed_x = from_dlpack(x, "x"), borrowed_weight = from_dlpack(weight, "weight");
+  std::optional<repvgg::ops::BorrowedTensor> borrowed_bias;
+  std::optional<Tensor> bias_tensor;
+  if (bias) {
+    borrowed_bias = from_dlpack(*bias, "bias");
+    bias_tensor = borrowed_bias->tensor;
+  }
+  const auto run = [&] {
+    const py::gil_scoped_release release;
+    return repvgg::ops::conv3x3(borrowed_x.tensor, borrowed_weight.tensor, bias_tensor, stride, groups, activation,
+                                algorithm);
+  };
+  return like(x, run());
+}
+
+py::tuple fuse_weights(const std::vector<std::optional<py::object>>& arrays, const std::vector<double>& bn_eps,
+                       int64_t in_channels, int64_t out_channels, int64_t groups) {
+  std::vector<repvgg::ops::BorrowedTensor> borrowed;
+  std::optional<py::object> first;
+  for (size_t i = 0; i < arrays.size(); ++i) {
+    if (!arrays[i]) continue;
+    if (!first) first = arrays[i];
+    borrowed.push_back(repvgg::ops::from_dlpack(*arrays[i], ("arrays[" + std::to_string(i) + "]").c_str()));
+  }
+  repvgg::ops::check(first.has_value(), "fuse_weights: at least one branch must hold an array");
+  std::vector<Tensor> tensors;
+  size_t next = 0;
+  const int64_t zero = 0;
+  for (const auto& array : arrays) {
+    tensors.push_back(array ? borrowed[next++].tensor
+                            : torch::stable::empty({&zero, 1}, torch::headeronly::ScalarType::Float));
+  }
+  const auto run = [&] {
+    const py::gil_scoped_release release;
+    return repvgg::ops::fuse_weights(tensors, bn_eps, in_channels, out_channels, groups, std::nullopt, std::nullopt);
+  };
+  auto [weight, bias] = run();
+  return py::make_tuple(like(*first, std::move(weight)), like(*first, std::move(bias)));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled part of repvgg_cuda. Importing it registers torch.ops.repvgg_cuda.*.";
+  m.def("algorithms", &algorithms, py::arg("device_type"), "Names of the rows of a device's table, without 'aten'.");
+  m.def("refusal", &refusal, py::arg("algorithm"), py::arg("device_type"), py::arg("device_index"), py::arg("x_shape"),
+        py::arg("out_channels"), py::arg("stride"), py::arg("groups"), py::arg("dtype"), py::arg("channels_last"),
+        py::arg("activation"), "Why a row refuses a problem; None if it accepts. device_index -1: no device at hand.");
+  m.def("build_info", [] { return std::string(RVG_BUILD_INFO); }, "How this module was built, as JSON.");
+  m.def("cpu_features", &cpu_features, "Instruction sets of this machine that kernels may use.");
+
+  py::class_<repvgg::ops::DLPackArray>(m, "DLPackArray", "A result for any library: pass it to its from_dlpack().")
+      .def(
+          "__dlpack__",
+          [](const repvgg::ops::DLPackArray& self, const py::object&, const py::object& max_version, const py::object&,
+             const py::object&) { return self.dlpack(max_version); },
+          py::kw_only(), py::arg("stream") = py::none(), py::arg("max_version") = py::none(),
+          py::arg("dl_device") = py::none(), py::arg("copy") = py::none())
+      .def("__dlpack_device__", &repvgg::ops::DLPackArray::device);
+
+  m.def("conv3x3", &conv3x3, py::arg("x"), py::arg("weight"), py::arg("bias") = py::none(), py::kw_only(),
+        py::arg("stride") = 1, py::arg("groups") = 1, py::arg("activation") = "identity", py::arg("algorithm") = "auto",
+        "repvgg_cuda.conv3x3 for arrays of any library that speaks DLPack; NumPy and CuPy arrays come back as such.");
+  m.def("fuse_weights", &fuse_weights, py::arg("arrays"), py::arg("bn_eps"), py::arg("in_channels"),
+        py::arg("out_channels"), py::arg("groups") = 1,
+        "Folds a block given as six arrays or None per branch (kernel, bias, BatchNorm weight, bias, mean, var), and "
+        "four "
+        "more for a BatchNorm on the sum. Returns (weight, bias).");
+}
