@@ -47,6 +47,8 @@ def conv3x3(
     """
     _require_strided("conv3x3: x", x)
     _require_strided("conv3x3: weight", weight)
+    if bias is not None:
+        _require_strided("conv3x3: bias", bias)
     y: Tensor = torch.ops.repvgg_cuda.conv3x3(x, weight, bias, stride, groups, activation, algorithm)
     return y
 
@@ -125,7 +127,9 @@ def refusal(
 
 
 def _require_strided(what: str, tensor: Tensor) -> None:
-    # The dispatcher answers other layouts with a page about backends; say it in a line before it does.
+    # The dispatcher answers other types and layouts with a page about overloads or backends; say it in a line before.
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{what} must be a torch.Tensor, got {type(tensor).__name__}")
     require(
         tensor.layout == torch.strided,
         f"{what} must be a dense tensor, got layout {str(tensor.layout).removeprefix('torch.')}; "

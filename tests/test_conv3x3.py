@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: MIT
+"""The numbers of conv3x3: every algorithm, dtype and layout against the float64 oracle and its derived bound."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import repvgg_cuda
+from repvgg_cuda import reference, testing
+
+#: Every algorithm on its device.
+RUNS = [
+    pytest.param(device, algorithm, id=f"{device}-{algorithm}", marks=[pytest.mark.cuda] if device == "cuda" else [])
+    for device in ("cpu", "cuda")
+    for algorithm in ("auto", *repvgg_cuda.algorithms(device))
+]
+FORMATS = {"nchw": torch.contiguous_format, "nhwc": torch.channels_last}
+
+
+def assert_within_bound(y: Tensor, want: Tensor, bound: Tensor) -> None:
+    assert y.shape == want.shape
+    assert ((y.double() - want).abs() <= bound).all(), testing.worst(y, want, bound)
+
+
+def skip_if_refused(algorithm: str, x: Tensor, weight: Tensor, stride: int, groups: int) -> None:
+    if algorithm != "auto" and (why := repvgg_cuda.refusal(algorithm, x, weight, stride=stride, groups=groups)):
+        pytest.skip(why)  # test_refusals_are_pinned keeps skips from growing unseen
+
+
+#: The large layers run in float32 alone: the edge cases cover the other dtypes, in seconds.
+CASES = [
+    *((case, dtype) for case in testing.EDGE_CASES for dtype in testing.DTYPES),
+    *((case, torch.float32) for case in testing.REPVGG_LAYERS),
+]
+
+
+@pytest.mark.parametrize("memory_format", FORMATS.values(), ids=FORMATS.keys())
+@pytest.mark.parametrize(("case", "dtype"), CASES, ids=[f"{case}-{str(dtype)[6:]}" for case, dtype in CASES])
+@pytest.mark.parametrize(("device", "algorithm"), RUNS)
+def test_matches_fp64(
+    case: testing.Case, dtype: torch.dtype, memory_format: torch.memory_format, algorithm: str, device: str
+) -> None:
+    x, weight, bias = case.tensors(dtype, device)
+    x = x.contiguous(memory_format=memory_format)
+    skip_if_refused(algorithm, x, weight, case.stride, case.groups)
+    geometry = (case.stride, case.groups)
+    y = repvgg_cuda.conv3x3(
+        x, weight, bias, stride=case.stride, groups=case.groups, activation="relu", algorithm=algorithm
+    )
+    want = testing.conv3x3_fp64(x, weight, bias, *geometry, activation="relu")
+    assert_within_bound(y, want, testing.error_bound(x, weight, bias, *geometry, algorithm=algorithm))
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=reference.output_format(x))
+
+
+def test_refusals_are_pinned() -> None:
+    """The float32 row of the CUDA table refuses other dtypes and nothing else among the cases; `aten` refuses nothing."""
+    from repvgg_cuda import _ext
+
+    if _ext.module is None or "direct" not in repvgg_cuda.algorithms("cuda"):
+        pytest.skip("this build has no CUDA kernels")
+    for case in (*testing.EDGE_CASES, *testing.REPVGG_LAYERS):
+        for dtype in ("float64", "float32", "float16", "bfloat16"):
+            for channels_last in (False, True):
+                shape = (case.N, case.C, case.H, case.W)
+                why = _ext.module.refusal(
+                    "direct", "cuda", -1, shape, case.K, case.stride, case.groups, dtype, channels_last, "relu"
+                )
+                assert why == (None if dtype == "float32" else "x must be float32"), case
+    x, weight, _ = testing.EDGE_CASES[0].tensors()
+    assert repvgg_cuda.refusal("aten", x, weight) is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_geometry(data: st.DataObject) -> None:
+    groups = data.draw(st.integers(1, 4), "groups")
+    case = testing.Case(
+        "any",
+        N=data.draw(st.integers(0, 3), "N"),
+        C=groups * data.draw(st.integers(1, 5), "C/groups"),
+        H=data.draw(st.integers(1, 20), "H"),
+        W=data.draw(st.integers(1, 20), "W"),
+        K=groups * data.draw(st.integers(1, 5), "K/groups"),
+        stride=data.draw(st.sampled_from([1, 2]), "stride"),
+        groups=groups,
+    )
+    dtype = data.draw(st.sampled_from(testing.DTYPES), "dtype")
+    with_bias = data.draw(st.booleans(), "bias")
+    activation = data.draw(st.sampled_from(["identity", "relu"]), "activation")
+    x, weight, bias = case.tensors(dtype, seed=data.draw(st.integers(0, 2**31), "seed"))
+    bias_or_none = bias if with_bias else None
+    y = repvgg_cuda.conv3x3(
+        x,
+        weight,
+        bias_or_none,
+        stride=case.stride,
+        groups=groups,
+        activation=activation,  # type: ignore[arg-type]
+    )
+    want = testing.conv3x3_fp64(x, weight, bias_or_none, case.stride, groups, activation)
+    assert_within_bound(y, want, testing.error_bound(x, weight, bias_or_none, case.stride, groups))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_bias_may_be_float32_beside_16_bit(dtype: torch.dtype, device: str) -> None:
+    x, weight, _ = testing.EDGE_CASES[3].tensors(dtype, device)
+    bias = torch.randn(weight.shape[0], device=device)
+    y = repvgg_cuda.conv3x3(x, weight, bias)
+    want = testing.conv3x3_fp64(x, weight, bias)
+    assert y.dtype == dtype
+    # aten rounds the bias to the dtype of x first: one unit of that type on |bias| beyond the bound
+    slack = testing.unit_roundoff(dtype) * bias.abs().double().reshape(1, -1, 1, 1)
+    assert_within_bound(y, want, testing.error_bound(x, weight, bias) + slack)
+
+
+def views_of(x: Tensor) -> dict[str, Tensor]:
+    n, c, h, w = x.shape
+    return {
+        "sliced": torch.stack([x, -x], dim=-1).flatten(-2)[..., ::2],
+        "transposed": x.transpose(2, 3),
+        "expanded-batch": x[:1].expand(n, c, h, w),
+        "expanded-pixels": x[:, :, :1, :1].expand(n, c, h, w),
+        "offset": torch.cat([x.flatten(), x.flatten()])[3 : 3 + x.numel()].view(x.shape),
+        "channels-last-slice": x.contiguous(memory_format=torch.channels_last)[:, :, 1:],
+    }
+
+
+@pytest.mark.parametrize("view", views_of(torch.zeros(2, 4, 7, 9)))
+@pytest.mark.parametrize(("device", "algorithm"), RUNS)
+def test_strided_inputs(view: str, algorithm: str, device: str) -> None:
+    x = views_of(torch.randn(2, 4, 7, 9, device=device))[view]
+    weight = torch.randn(3, 3, 6, 4, device=device).permute(2, 3, 0, 1)  # not contiguous either
+    bias = torch.randn(12, device=device)[::2]
+    skip_if_refused(algorithm, x, weight, 1, 1)
+    y = repvgg_cuda.conv3x3(x, weight, bias, algorithm=algorithm)
+    bound = testing.error_bound(x, weight, bias, algorithm=algorithm)
+    assert_within_bound(y, testing.conv3x3_fp64(x, weight, bias), bound)
+
+
+@pytest.mark.parametrize(("device", "algorithm"), RUNS)
+@pytest.mark.parametrize("activation", ["identity", "relu"])
+def test_nan_and_inf_come_out_where_conv2d_has_them(algorithm: str, activation: str, device: str) -> None:
+    x = torch.randn(1, 3, 9, 11, device=device)
+    x[0, 0, 4, 4], x[0, 1, 0, 0], x[0, 2, 8, 10] = float("nan"), float("inf"), -float("inf")
+    weight = torch.randn(4, 3, 3, 3, device=device)
+    skip_if_refused(algorithm, x, weight, 1, 1)
+    y = repvgg_cuda.conv3x3(x, weight, activation=activation, algorithm=algorithm)  # type: ignore[arg-type]
+    want = F.conv2d(x, weight, padding=1)
+    want = want.relu() if activation == "relu" else want
+    assert want.isnan().any()
+    assert want.isinf().any()
+    assert torch.equal(y.isnan(), want.isnan())
+    assert torch.equal(y.isposinf(), want.isposinf())
+    assert torch.equal(y.isneginf(), want.isneginf())
+
+
+def test_relu_keeps_nan_and_comes_after_the_bias(device: str) -> None:
+    x, weight = torch.zeros(1, 1, 2, 2, device=device), torch.zeros(3, 1, 3, 3, device=device)
+    bias = torch.tensor([float("nan"), -1.0, 2.0], device=device)
+    y = repvgg_cuda.conv3x3(x, weight, bias, activation="relu")
+    assert y[0, 0].isnan().all()
+    assert (y[0, 1] == 0).all()
+    assert (y[0, 2] == 2).all()
+
+
+def test_same_bits_every_time(device: str) -> None:
+    x, weight, bias = testing.EDGE_CASES[5].tensors(device=device)
+    assert torch.equal(repvgg_cuda.conv3x3(x, weight, bias), repvgg_cuda.conv3x3(x, weight, bias))
+
+
+def test_arguments_are_not_written(device: str) -> None:
+    x, weight, bias = testing.EDGE_CASES[3].tensors(device=device)
+    before = [t.clone() for t in (x, weight, bias)]
+    repvgg_cuda.conv3x3(x, weight, bias, activation="relu")
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, weight, bias), strict=True))
+
+
+def test_inference_mode_and_threads() -> None:
+    x, weight, bias = testing.EDGE_CASES[5].tensors()
+    want = repvgg_cuda.conv3x3(x, weight, bias)
+    with torch.inference_mode():
+        assert torch.equal(repvgg_cuda.conv3x3(x, weight, bias), want)
+
+
+X, WEIGHT, BIAS = testing.Case("ok", 1, 4, 5, 6, 8).tensors()
+
+#: What a user gets wrong, and every text that answers.
+BAD_CALLS = {
+    "no-batch": (
+        dict(x=X[0]),
+        "conv3x3: x must be [N, C_in, H, W], got 3 dimensions; add a batch dimension with x.unsqueeze(0)",
+    ),
+    "int-x": (
+        dict(x=X.int()),
+        "conv3x3: x must be float64, float32, float16 or bfloat16, got int32; convert it with x.float()",
+    ),
+    "complex-x": (
+        dict(x=X.to(torch.complex64)),
+        "conv3x3: x must be float64, float32, float16 or bfloat16, got complex64; convert it with x.float()",
+    ),
+    "5x5": (
+        dict(weight=torch.randn(8, 4, 5, 5)),
+        "conv3x3: weight must be [C_out, C_in / groups, 3, 3], got [8, 4, 5, 5]; use F.conv2d for other kernel sizes",
+    ),
+    "flat-weight": (
+        dict(weight=torch.randn(8, 36)),
+        "conv3x3: weight must be [C_out, C_in / groups, 3, 3], got [8, 36]; use F.conv2d for other kernel sizes",
+    ),
+    "weight-dtype": (
+        dict(weight=WEIGHT.half()),
+        "conv3x3: weight must have the dtype of x (float32), got float16; convert one of them with .to()",
+    ),
+    "weight-device": (
+        dict(weight=WEIGHT.to("meta")),
+        "conv3x3: weight must be on the device of x (cpu), got meta; move it with .to(x.device)",
+    ),
+    "stride-3": (dict(stride=3), "conv3x3: stride must be 1 or 2, got 3; use F.conv2d for other strides"),
+    "stride-negative": (dict(stride=-1), "conv3x3: stride must be 1 or 2, got -1; use F.conv2d for other strides"),
+    "groups-0": (dict(groups=0), "conv3x3: groups must be at least 1, got 0"),
+    "groups-3": (
+        dict(groups=3),
+        "conv3x3: groups must divide C_in and C_out, got groups=3, C_in=4, C_out=8",
+    ),
+    "channels": (
+        dict(x=torch.randn(1, 6, 5, 6)),
+        "conv3x3: x has C_in=6 channels, but weight [8, 4, 3, 3] with groups=1 expects 4",
+    ),
+    "no-rows": (
+        dict(x=torch.randn(1, 4, 0, 6)),
+        "conv3x3: x must have H >= 1 and W >= 1, got [1, 4, 0, 6]",
+    ),
+    "bias-length": (dict(bias=torch.randn(7)), "conv3x3: bias must be [C_out] = [8], got [7]"),
+    "bias-shape": (dict(bias=torch.randn(8, 1)), "conv3x3: bias must be [C_out] = [8], got [8, 1]"),
+    "bias-dtype": (
+        dict(bias=BIAS.double()),
+        "conv3x3: bias must have the dtype of x (float32), or float32 where x is float16 or bfloat16, got float64; "
+        "convert it with .to()",
+    ),
+    "bias-device": (
+        dict(bias=BIAS.to("meta")),
+        "conv3x3: bias must be on the device of x (cpu), got meta; move it with .to(x.device)",
+    ),
+    "activation": (
+        dict(activation="gelu"),
+        "conv3x3: activation must be one of identity, relu, got 'gelu'",
+    ),
+    "algorithm-empty": (
+        dict(algorithm=""),
+        "conv3x3: algorithm must be 'auto' or a name from repvgg_cuda.algorithms(), got ''",
+    ),
+    "algorithm-unknown": (
+        dict(algorithm="magic"),
+        f"conv3x3: algorithm 'magic' is not available on cpu; available: {', '.join(repvgg_cuda.algorithms('cpu'))}",
+    ),
+    "sparse-x": (
+        dict(x=X.to_sparse()),
+        "conv3x3: x must be a dense tensor, got layout sparse_coo; convert it with .to_dense()",
+    ),
+    "sparse-weight": (
+        dict(weight=WEIGHT.to_sparse()),
+        "conv3x3: weight must be a dense tensor, got layout sparse_coo; convert it with .to_dense()",
+    ),
+    "sparse-bias": (
+        dict(bias=BIAS.to_sparse()),
+        "conv3x3: bias must be a dense tensor, got layout sparse_coo; convert it with .to_dense()",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_CALLS.values(), ids=BAD_CALLS.keys())
+def test_error_texts(change: dict[str, object], message: str) -> None:
+    arguments = dict(x=X, weight=WEIGHT, bias=BIAS) | change
+    with pytest.raises(RuntimeError) as error:
+        repvgg_cuda.conv3x3(**arguments)  # type: ignore[arg-type]
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [pair for name, pair in BAD_CALLS.items() if not name.startswith(("sparse", "algorithm-unknown"))],
+    ids=[name for name in BAD_CALLS if not name.startswith(("sparse", "algorithm-unknown"))],
+)
+def test_fake_kernel_raises_the_same_errors(change: dict[str, object], message: str) -> None:
+    """The compiled checks and the Python ones must not drift apart."""
+    arguments = dict(x=X, weight=WEIGHT, bias=BIAS) | change
+    with pytest.raises(RuntimeError) as error:
+        reference.conv3x3_fake(**arguments)  # type: ignore[arg-type]
+    assert str(error.value) == message
+
+
+def test_wrong_python_types_are_errors_of_python() -> None:
+    with pytest.raises(TypeError, match="^conv3x3: x must be a torch.Tensor, got list$"):
+        repvgg_cuda.conv3x3([[1.0]], WEIGHT)  # type: ignore[arg-type]
