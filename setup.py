@@ -5,7 +5,8 @@ The sources use torch's stable ABI, so any torch >= 2.10 will do here, the CPU b
 later torch, CPU or CUDA. Environment variables:
 
 REPVGG_CUDA_BUILD     auto (default): CUDA kernels if nvcc is found; cuda: they are required; cpu: without them.
-TORCH_CUDA_ARCH_LIST  as for torch, e.g. "8.0;9.0+PTX"; default: all of DEFAULT_ARCHS that nvcc knows, PTX of the newest.
+TORCH_CUDA_ARCH_LIST  as for torch, e.g. "8.0;9.0+PTX"; default: those of DEFAULT_ARCHS that nvcc knows, and PTX of the
+                      newest.
 CUDA_HOME, CXX        where the toolkit is; the host compiler.
 MAX_JOBS              how many compilers run at a time; default: one per core.
 REPVGG_CUDA_DEBUG     1: no optimisation, debug information, device assertions.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Deploy RepVGG-style networks: fold every multi-branch block into one 3x3 convolution and run it with fused kernels."""
+"""Deploys RepVGG-style networks: every multi-branch block becomes one 3x3 convolution with bias and activation."""
 
 from repvgg_cuda._ext import build_info, has_cuda_kernels
 from repvgg_cuda._version import __version__

@@ -30,7 +30,8 @@ def check_torch_version(version: str) -> None:
     if (int(major), int(minor)) < MIN_TORCH:
         need = ".".join(map(str, MIN_TORCH))
         raise ImportError(
-            f"repvgg_cuda needs torch >= {need}, found torch {version}: upgrade it with `pip install -U 'torch>={need}'`"
+            f"repvgg_cuda needs torch >= {need}, found torch {version}: "
+            f"upgrade it with `pip install -U 'torch>={need}'`"
         )
 
 
@@ -65,7 +66,7 @@ module, why_missing = _load()
 
 
 def build_info() -> dict[str, Any]:
-    """How this copy was built: ``build`` ("cuda", "cpu" or "python"), the ``reason`` of that decision, compilers, archs."""
+    """How this copy was built: ``build`` ("cuda", "cpu" or "python"), the ``reason`` for that, compilers, archs."""
     if module is None:
         return {"build": "python", "reason": why_missing}
     return dict(json.loads(module.build_info()))
@@ -73,4 +74,4 @@ def build_info() -> dict[str, Any]:
 
 def has_cuda_kernels() -> bool:
     """True if the loaded module carries CUDA kernels. Says nothing about a GPU: see ``torch.cuda.is_available()``."""
-    return build_info()["build"] == "cuda"
+    return bool(build_info()["build"] == "cuda")

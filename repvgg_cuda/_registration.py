@@ -153,7 +153,7 @@ def _conv3x3_vmap(
     size = info.batch_size
     op = torch.ops.repvgg_cuda.conv3x3
 
-    if weight_dim is None and bias_dim is None:
+    if x_dim is not None and weight_dim is None and bias_dim is None:
         y = op(x.movedim(x_dim, 0).flatten(0, 1), weight, bias, stride, groups, activation, algorithm)
         return y.unflatten(0, (size, -1)), 0
 
@@ -170,18 +170,23 @@ def _conv3x3_vmap(
 def _fuse_weights_vmap(*args: Any) -> Any:
     require(
         False,
-        "fuse_weights: vmap is not supported; fuse the blocks one after another, or use repvgg_cuda.reference.fuse_weights",
+        "fuse_weights: vmap is not supported; fuse the blocks one after another, or use "
+        "repvgg_cuda.reference.fuse_weights",
     )
 
 
 # -------------------------------------------------------------------------------------------------------- register
 
 
-def _register() -> list[torch.library.Library]:
+def _library(kind: str) -> Any:
+    return torch.library.Library(NAMESPACE, kind)  # type: ignore[no-untyped-call]
+
+
+def _register() -> list[Any]:
     """Registers everything. The returned libraries own the registrations: dropping them would undo these."""
     libraries = []
     if _ext.module is None:
-        library = torch.library.Library(NAMESPACE, "DEF")
+        library = _library("DEF")
         for name, schema in SCHEMAS.items():
             library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
         library.impl("conv3x3", reference.conv3x3, "CompositeExplicitAutograd")
@@ -197,7 +202,7 @@ def _register() -> list[torch.library.Library]:
     torch.library.register_vmap(f"{NAMESPACE}::conv3x3", _conv3x3_vmap)
     torch.library.register_vmap(f"{NAMESPACE}::fuse_weights", _fuse_weights_vmap)
 
-    library = torch.library.Library(NAMESPACE, "IMPL")
+    library = _library("IMPL")
     library.impl("conv3x3", _conv3x3_autocast("cpu"), "AutocastCPU")
     library.impl("conv3x3", _conv3x3_autocast("cuda"), "AutocastCUDA")
     return [*libraries, library]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """What one re-parameterizable block is: a sum of branches. Data and its checks only; no arithmetic, no ``nn.Module``.
 
-A *branch* is ``BN(conv(x) + bias)`` where the convolution is 3x3, 1x1 or the identity and the BatchNorm may be absent. A
-*block* is the sum of its branches; a BatchNorm may follow the sum (QARepVGG, arXiv:2212.01593). All branches of a block
-share stride and groups, and pad so that their outputs line up (3x3: padding 1, 1x1: padding 0).
+A *branch* is ``BN(conv(x) + bias)`` where the convolution is 3x3, 1x1 or the identity and the BatchNorm may be absent.
+A *block* is the sum of its branches; a BatchNorm may follow the sum (QARepVGG, arXiv:2212.01593). All branches of a
+block share stride and groups, and pad so that their outputs line up (3x3: padding 1, 1x1: padding 0).
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def shape_name(tensor: Tensor) -> str:
 class BatchNorm:
     """A BatchNorm in eval mode: ``(v - mean) / sqrt(var + eps) * weight + bias``, each ``[C_out]``.
 
-    ``weight`` and ``bias`` (gamma and beta) are None with ``affine=False``. ``eps`` has no default: RepVGG and timm train
-    with 1e-5, the YOLO family with 1e-3, and a wrong one silently ruins the fold.
+    ``weight`` and ``bias`` (gamma and beta) are None with ``affine=False``. ``eps`` has no default: RepVGG and timm
+    train with 1e-5, the YOLO family with 1e-3, and a wrong one silently ruins the fold.
     """
 
     mean: Tensor
@@ -104,8 +104,8 @@ class Branches:
     def op_args(self) -> tuple[list[Tensor], list[float], int, int, int]:
         """This block as arguments of ``torch.ops.repvgg_cuda.fuse_weights``: tensors, bn_eps, in/out_channels, groups.
 
-        Six tensors per branch (see TENSORS_PER_BRANCH), four more if a BatchNorm follows the sum; an empty tensor stands
-        for one that is absent, because autograd knows lists of tensors but not lists of optional tensors.
+        Six tensors per branch (see TENSORS_PER_BRANCH), four more if a BatchNorm follows the sum; an empty tensor
+        stands for one that is absent, because autograd knows lists of tensors but not lists of optional tensors.
         """
         absent = self.tensors()[0].new_empty(0)
         bns = [part.bn for part in self.parts] + ([self.post_bn] if self.post_bn else [])

@@ -26,7 +26,7 @@ def conv3x3(
     activation: Activation = "identity",
     algorithm: str = "auto",
 ) -> Tensor:
-    """3x3 convolution, zero padding 1, with bias and activation: ``act(F.conv2d(x, weight, bias, stride, 1, 1, groups))``.
+    """3x3 convolution with bias and activation: ``act(F.conv2d(x, weight, bias, stride, padding=1, groups=groups))``.
 
     Args:
         x: ``[N, C_in, H, W]``; float64, float32, float16 or bfloat16; any strides.
@@ -35,15 +35,16 @@ def conv3x3(
         stride: 1 or 2.
         groups: divides ``C_in`` and ``C_out``.
         activation: ``"identity"`` or ``"relu"``.
-        algorithm: ``"auto"``, or a name from :func:`algorithms`. A named algorithm runs or raises; it is never swapped.
+        algorithm: ``"auto"``, or a name from :func:`algorithms`. A named one runs or raises; it is never swapped.
     Returns:
-        ``[N, C_out, P, Q]`` with ``P = (H - 1) // stride + 1`` (Q likewise); dtype of ``x``; channels_last if ``x`` is dense
-        channels_last, else contiguous.
+        ``[N, C_out, P, Q]`` with ``P = (H - 1) // stride + 1`` (Q likewise); dtype of ``x``; channels_last if ``x`` is
+        dense channels_last, else contiguous.
     Raises:
         RuntimeError: arguments disagree, or the named ``algorithm`` refuses them; the message says which and why.
     Note:
         Sums in float32 or wider (float64 for float64). NaN and Inf go where F.conv2d and relu put them. Differentiable,
-        twice; under autocast ``x`` and ``weight`` take the autocast dtype. Source: RepVGG, arXiv:2101.03697, sec. 3.3.
+        twice; works under ``torch.func.vmap`` (not ``torch.func.grad``, which torch.library's autograd does not know).
+        Under autocast ``x`` and ``weight`` take the autocast dtype. Source: RepVGG, arXiv:2101.03697, sec. 3.3.
     """
     _require_strided("conv3x3: x", x)
     _require_strided("conv3x3: weight", weight)
@@ -62,9 +63,9 @@ def fuse_weights(
     ``scale_b = gamma_b / sqrt(var_b + eps_b)``; the BatchNorm on the sum, if any, is applied to both.
 
     Args:
-        branches: the block; its tensors may be of different float dtypes (float32 statistics beside float16 kernels).
+        branches: the block; its tensors may differ in float dtype (float32 statistics beside float16 kernels).
         dtype: of the weight; default: the dtype of the first kernel.
-        bias_dtype: of the bias; default: ``dtype``. float32 beside a 16-bit weight keeps accuracy, and ``conv3x3`` takes it.
+        bias_dtype: of the bias; default: ``dtype``. ``conv3x3`` takes a float32 bias beside a 16-bit weight.
     Returns:
         ``(weight [C_out, C_in / groups, 3, 3], bias [C_out])``, contiguous, on the device of the branches.
     Raises:
@@ -81,7 +82,7 @@ def fuse_weights(
 
 
 def algorithms(device: str | torch.device = "cpu") -> list[str]:
-    """The names that ``conv3x3(algorithm=...)`` takes on this kind of device, in the order ``"auto"`` considers them."""
+    """The names that ``conv3x3(algorithm=...)`` takes on such a device, in the order ``"auto"`` considers them."""
     device_type = torch.device(device).type
     if _ext.module is None or device_type not in ("cpu", "cuda"):
         return ["aten"]

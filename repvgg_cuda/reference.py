@@ -21,14 +21,15 @@ ACTIVATIONS = ("identity", "relu")
 def check_conv3x3(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups: int, activation: str, algorithm: str
 ) -> None:
-    """Raises RuntimeError if the arguments of ``conv3x3`` disagree. Same checks, order and texts as csrc/ops/tensors.h."""
+    """Raises RuntimeError if the arguments of ``conv3x3`` disagree. Checks, order and texts of csrc/ops/tensors.h."""
     require(
         x.dim() == 4,
         f"conv3x3: x must be [N, C_in, H, W], got {x.dim()} dimensions; add a batch dimension with x.unsqueeze(0)",
     )
     require(
         x.dtype in FLOAT_DTYPES,
-        f"conv3x3: x must be float64, float32, float16 or bfloat16, got {dtype_name(x.dtype)}; convert it with x.float()",
+        f"conv3x3: x must be float64, float32, float16 or bfloat16, got {dtype_name(x.dtype)}; "
+        "convert it with x.float()",
     )
     require(
         weight.dim() == 4 and weight.shape[2] == 3 and weight.shape[3] == 3,
@@ -131,7 +132,7 @@ def pad_1x1_to_3x3(kernel: Tensor) -> Tensor:
 
 
 def identity_kernel(channels: int, groups: int, like: Tensor) -> Tensor:
-    """The 3x3 kernel ``[channels, channels/groups, 3, 3]`` whose convolution returns its input; dtype, device of ``like``."""
+    """The kernel ``[channels, channels/groups, 3, 3]`` that returns its input; dtype and device of ``like``."""
     kernel = like.new_zeros(channels, channels // groups, 3, 3)
     index = torch.arange(channels, device=like.device)
     kernel[index, index % (channels // groups), 1, 1] = 1
@@ -146,7 +147,7 @@ def as_3x3(kernel: Tensor | None, channels: int, groups: int, like: Tensor) -> T
 
 
 def scale_and_shift(bn: BatchNorm) -> tuple[Tensor, Tensor]:
-    """``BN(v) = v * scale + shift`` in float64: ``scale = gamma / sqrt(var + eps)``, ``shift = beta - mean * scale``."""
+    """``BN(v) = v * scale + shift`` in float64; ``scale = gamma / sqrt(var + eps)``, ``shift = beta - mean * scale``"""
     scale = 1 / torch.sqrt(bn.var.double() + bn.eps)
     scale = scale if bn.weight is None else bn.weight.double() * scale
     shift = -bn.mean.double() * scale
@@ -160,7 +161,7 @@ def fold_batchnorm(kernel: Tensor, bias: Tensor, bn: BatchNorm) -> tuple[Tensor,
 
 
 def fold_fp64(branches: Branches) -> tuple[Tensor, Tensor]:
-    """The fold in float64, step by step: each branch to 3x3, its BatchNorm into it, the sum, the BatchNorm on the sum."""
+    """The fold in float64, step by step: each branch to 3x3, its BatchNorm into it, the sum, the sum's BatchNorm."""
     like = branches.tensors()[0].double()
     kernel_sum = like.new_zeros(branches.out_channels, branches.in_channels // branches.groups, 3, 3)
     bias_sum = like.new_zeros(branches.out_channels)

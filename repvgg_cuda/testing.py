@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Cases, oracles and derived error bounds, shared by the tests, the benchmarks and ``verify``. Numbers, no assertions."""
+"""Cases, oracles and derived error bounds, shared by tests, benchmarks and ``verify``. Numbers, no assertions."""
 
 from __future__ import annotations
 
@@ -108,10 +108,11 @@ def error_bound(
 ) -> Tensor:
     """How far a correct kernel may be from :func:`conv3x3_fp64`, per output element.
 
-    A sum of n products in any order, each operation rounded with unit u, is off by at most ``gamma_n * sum |w||x|`` with
-    ``gamma_n = n u / (1 - n u)`` (Higham, Accuracy and Stability of Numerical Algorithms, sec. 3.1); the bias is one more
-    term, so n = 9 C_in / groups + 1. Sums run in float32 (float64 for float64). Storing a 16-bit result rounds it by u of
-    that type, and half a subnormal step; the result before the bias may have been stored too. ReLU adds nothing.
+    A sum of n products in any order, each operation rounded with unit u, is off by at most ``gamma_n * sum |w||x|``
+    with ``gamma_n = n u / (1 - n u)`` (Higham, Accuracy and Stability of Numerical Algorithms, sec. 3.1); the bias is
+    one more term, so n = 9 C_in / groups + 1. Sums run in float32 (float64 for float64). Storing a 16-bit result rounds
+    it by u of that type, and half a subnormal step; the result before the bias may have been stored too. ReLU adds
+    nothing.
 
     The bound is for direct convolutions: ``algorithm`` is there for those that transform their input, whose bounds grow
     with the transforms. NaN or Inf where the oracle is not finite.
@@ -242,7 +243,7 @@ def random_branches(
     post_bn: bool = False,
     eps: float = 1e-5,
 ) -> Branches:
-    """A random float32 block; the default is RepVGG's: 3x3, 1x1 and (where the channels agree) identity, each with BN."""
+    """A random float32 block; the default is RepVGG's: 3x3, 1x1 and (where channels agree) identity, each with BN."""
     generator = torch.Generator().manual_seed(seed)
 
     def part(size: int | None) -> Branch:
@@ -255,7 +256,7 @@ def random_branches(
         branch_bias = torch.randn(out_channels, generator=generator) if bias and size is not None else None
         return Branch(kernel, branch_bias, random_batchnorm(out_channels, generator, eps, affine) if bn else None)
 
-    sizes: list[int | None] = [3] * n_3x3 + [1] * n_1x1
+    sizes: list[int | None] = [*[3] * n_3x3, *[1] * n_1x1]
     if identity and in_channels == out_channels:
         sizes.append(None)
     parts = tuple(part(size) for size in sizes)

@@ -59,7 +59,7 @@ def test_matches_fp64(
 
 
 def test_refusals_are_pinned() -> None:
-    """The float32 row of the CUDA table refuses other dtypes and nothing else among the cases; `aten` refuses nothing."""
+    """The float32 row of the CUDA table refuses other dtypes and no case; `aten` refuses nothing."""
     from repvgg_cuda import _ext
 
     if _ext.module is None or "direct" not in repvgg_cuda.algorithms("cuda"):

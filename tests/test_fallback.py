@@ -71,7 +71,8 @@ from repvgg_cuda import testing
 x, weight, bias = testing.EDGE_CASES[3].tensors(torch.float64)
 arguments = [t.requires_grad_() for t in (x, weight, bias)]
 torch.library.opcheck(torch.ops.repvgg_cuda.conv3x3.default, (*arguments, 1, 1, "relu", "auto"))
-assert torch.autograd.gradcheck(torch.ops.repvgg_cuda.conv3x3, (x[:, :, :4, :4].detach().requires_grad_(), weight, bias))
+small = x[:, :, :4, :4].detach().requires_grad_()
+assert torch.autograd.gradcheck(torch.ops.repvgg_cuda.conv3x3, (small, weight, bias))
 block = testing.random_branches(4, 4)
 torch.library.opcheck(torch.ops.repvgg_cuda.fuse_weights.default, (*block.op_args(), None, None))
 """

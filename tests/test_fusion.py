@@ -279,8 +279,8 @@ EMPTY = torch.empty(0)
 BAD_OP_CALLS = {
     "seven-tensors": (
         ([TENSOR] + [EMPTY] * 6, [0.0], 4, 4, 1, None, None),
-        "fuse_weights: tensors must hold six per branch (kernel, bias, BatchNorm weight, bias, mean, var) and four more "
-        "for a BatchNorm on the sum, got 7",
+        "fuse_weights: tensors must hold six per branch (kernel, bias, BatchNorm weight, bias, mean, var) and four "
+        "more for a BatchNorm on the sum, got 7",
     ),
     "no-eps": (
         ([TENSOR] + [EMPTY] * 5, [], 4, 4, 1, None, None),

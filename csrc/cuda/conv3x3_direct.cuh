@@ -106,12 +106,14 @@ __device__ __forceinline__ void conv3x3_direct_accumulate(const float* x, const 
   constexpr int S = T::kStride;
 #pragma unroll
   for (int r = 0; r < 3; ++r) {
-    float pixel[S][T::kThreadQ + 2];  // [phase of the column][neighbour]
+    float pixel[S][T::kThreadQ + 2 / S];  // [phase of the column][neighbour]
 #pragma unroll
     for (int b = 0; b < S; ++b) {
       const float* row = x + (r % S * S + b) * T::kPhaseSize + r / S * T::kPitch;
 #pragma unroll
-      for (int j = 0; j < T::kThreadQ + (2 - b) / S; ++j) pixel[b][j] = row[j];
+      for (int j = 0; j < T::kThreadQ + 2 / S; ++j) {
+        if (j < T::kThreadQ + (2 - b) / S) pixel[b][j] = row[j];  // a bound that varies keeps nvcc from unrolling
+      }
     }
 #pragma unroll
     for (int s = 0; s < 3; ++s) {

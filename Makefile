@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: MIT
+# make demo, make test: all the set-up a fresh machine needs. Both share .venv and the build in it.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip install --quiet
+SOURCES := setup.py $(wildcard csrc/*/*)
+
+.PHONY: demo test lint format cuda-build clean
+
+demo: $(VENV)/.built
+	$(PY) -m repvgg_cuda demo
+
+test: $(VENV)/.built
+	$(PY) -m pytest
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*/*)
+	$(PY) tests/check_includes.py
+	$(PY) -m mypy
+
+format: $(VENV)/.dev
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/clang-format -i $(wildcard csrc/*/*)
+
+# Every default architecture, warnings and register spills are errors; then what the binary holds is checked.
+cuda-build: $(VENV)/.dev $(VENV)/.built
+	rm -rf build/cuda-gate && mkdir -p build/cuda-gate
+	REPVGG_CUDA_BUILD=cuda REPVGG_CUDA_WERROR=1 TORCH_CUDA_ARCH_LIST= $(PY) setup.py --quiet \
+		build_ext --build-lib build/cuda-gate --build-temp build/cuda-gate/objects
+	REPVGG_CUDA_GATE=build/cuda-gate $(PY) -m pytest tests/static
+
+# torch first: which build of it is installed (CPU or CUDA) is the user's choice, and an existing one is kept.
+$(VENV)/.stamp: pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -c "import torch" 2>/dev/null || $(PIP) torch==2.13.0
+	$(PIP) "setuptools>=77" ninja pybind11
+	$(PIP) $$($(PY) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+		extras = p['optional-dependencies']; \
+		print(*(f'\"{r}\"' for r in p['dependencies'] + extras['demo'] + extras['test'] if 'repvgg-cuda' not in r))")
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.stamp
+	$(PIP) ruff mypy clang-format types-setuptools nvidia-cuda-cuobjdump
+	touch $@
+
+$(VENV)/.built: $(VENV)/.stamp $(SOURCES)
+	$(PIP) --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info repvgg_cuda/_C*.so
