@@ -24,6 +24,7 @@ struct Conv3x3DirectTraits {
   static constexpr int kSegments = kTileP * kTileQ / kThreadQ;  // row segments, one per thread and channel group
   static constexpr int kBlockK = kThreads / kSegments * kThreadK;
   static constexpr int kChunkC = Stride == 1 ? 8 : 4;
+  static constexpr int kBlocksPerSM = 3;  // 170 registers a thread: the sums and one row's pixels and taps fit
 
   // The staged input is split into Stride x Stride phases, so that the pixels one tap needs are neighbours for stride 2
   // as they are for stride 1: input row Stride * i + a, column Stride * j + b is element (i, j) of phase (a, b).
@@ -130,7 +131,7 @@ __device__ __forceinline__ void conv3x3_direct_accumulate(const float* x, const 
 }
 
 template <class T>
-__global__ void __launch_bounds__(T::kThreads)
+__global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
     conv3x3_direct_kernel(const ConvProblem prob, const float* x, const float* weight, const Epilogue epilogue,
                           float* y) {
   __shared__ __align__(16) float tile_x[T::kChunkC * T::kChannelSize];
