@@ -87,11 +87,15 @@ class Build:
 
 
 def find_nvcc() -> str | None:
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    for candidate in [*(f"{home}/bin/nvcc" for home in homes), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]:
-        if candidate and os.access(candidate, os.X_OK):
-            return candidate
-    return None
+    """The nvcc of CUDA_HOME if that is set, else the one on the path, else the one in the usual folder."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [f"{home}/bin/nvcc"] if home else [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    return next((path for path in candidates if path and os.access(path, os.X_OK)), None)
+
+
+def _in_cuda_home() -> str:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return f" in {home}/bin" if home else ""
 
 
 def cuda_archs(nvcc: str) -> list[str]:
@@ -117,8 +121,8 @@ def decide() -> Build:
     nvcc = find_nvcc()
     if mode == "cuda" and nvcc is None:
         raise SetupError(
-            "REPVGG_CUDA_BUILD=cuda, but there is no nvcc: install the CUDA toolkit and set CUDA_HOME to its folder, "
-            "or build with REPVGG_CUDA_BUILD=cpu"
+            f"REPVGG_CUDA_BUILD=cuda, but there is no nvcc{_in_cuda_home()}: install the CUDA toolkit and set "
+            "CUDA_HOME to its folder, or build with REPVGG_CUDA_BUILD=cpu"
         )
     cxx = next(filter(None, map(shutil.which, filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"]))), None)
     if cxx is None:
@@ -128,9 +132,12 @@ def decide() -> Build:
     if mode == "cpu":
         return Build("cpu", "REPVGG_CUDA_BUILD=cpu", cxx)
     if nvcc is None:
-        return Build("cpu", "no nvcc was found (set CUDA_HOME to build the CUDA kernels)", cxx)
+        return Build("cpu", f"no nvcc was found{_in_cuda_home()} (set CUDA_HOME to build the CUDA kernels)", cxx)
     reason = "REPVGG_CUDA_BUILD=cuda" if mode == "cuda" else "nvcc was found"
     return Build("cuda", reason, cxx, nvcc, cuda_archs(nvcc))
+
+
+BUILD: Build  # set when this file runs as a script, as every build backend runs it
 
 
 class BuildExtension(build_ext):
@@ -223,12 +230,12 @@ class BuildPython(build_py):
             path.write_text(json.dumps(BUILD.record()))
 
 
-BUILD = decide()
-if not {"sdist", "egg_info", "dist_info", "--version", "--name"} & set(sys.argv):
-    archs = f", archs {' '.join(BUILD.archs)}" if BUILD.archs else ""
-    print(f"repvgg_cuda: {BUILD.kind} build: {BUILD.reason}{archs}", file=sys.stderr)
-
-setup(
-    ext_modules=[] if BUILD.kind == "python" else [Extension("repvgg_cuda._C", sources=[])],
-    cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
-)
+if __name__ == "__main__":
+    BUILD = decide()
+    if not {"sdist", "egg_info", "dist_info", "--version", "--name"} & set(sys.argv):
+        archs = f", archs {' '.join(BUILD.archs)}" if BUILD.archs else ""
+        print(f"repvgg_cuda: {BUILD.kind} build: {BUILD.reason}{archs}", file=sys.stderr)
+    setup(
+        ext_modules=[] if BUILD.kind == "python" else [Extension("repvgg_cuda._C", sources=[])],
+        cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
+    )
