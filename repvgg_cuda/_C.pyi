@@ -37,8 +37,11 @@ def refusal(
 def build_info() -> str:
     """How this module was built, as JSON."""
 
-def cpu_features() -> dict[str, bool]:
-    """Instruction sets of this machine that kernels may use."""
+def cpu_targets() -> list[str]:
+    """Instruction sets that the CPU kernels are compiled for and this machine has, the least capable first."""
+
+def cpu_target() -> str:
+    """The one of them that runs: the most capable, or at most what REPVGG_CUDA_CPU_ISA names."""
 
 def conv3x3(
     x: Any,

@@ -3,6 +3,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import repvgg_cuda
-from repvgg_cuda import reference, testing
+from repvgg_cuda import _ext, reference, testing
 
 #: Every algorithm on its device.
 RUNS = [
@@ -59,21 +64,84 @@ def test_matches_fp64(
 
 
 def test_refusals_are_pinned() -> None:
-    """The float32 row of the CUDA table refuses other dtypes and no case; `aten` refuses nothing."""
-    from repvgg_cuda import _ext
-
-    if _ext.module is None or "direct" not in repvgg_cuda.algorithms("cuda"):
-        pytest.skip("this build has no CUDA kernels")
-    for case in (*testing.EDGE_CASES, *testing.REPVGG_LAYERS):
-        for dtype in ("float64", "float32", "float16", "bfloat16"):
-            for channels_last in (False, True):
-                shape = (case.N, case.C, case.H, case.W)
-                why = _ext.module.refusal(
-                    "direct", "cuda", -1, shape, case.K, case.stride, case.groups, dtype, channels_last, "relu"
-                )
-                assert why == (None if dtype == "float32" else "x must be float32"), case
+    """The float32 rows refuse other dtypes and no case; `aten` refuses nothing."""
+    if _ext.module is None:
+        pytest.skip(f"the compiled module {_ext.why_missing}")
+    for device in ("cpu", "cuda"):
+        for name in repvgg_cuda.algorithms(device)[:-1]:
+            for case, dtype in CASES:
+                for channels_last in (False, True):
+                    shape, geometry = (case.N, case.C, case.H, case.W), (case.K, case.stride, case.groups)
+                    why = _ext.module.refusal(name, device, -1, shape, *geometry, str(dtype)[6:], channels_last, "relu")
+                    assert why == (None if dtype == torch.float32 else "x must be float32"), (name, case)
     x, weight, _ = testing.EDGE_CASES[0].tensors()
     assert repvgg_cuda.refusal("aten", x, weight) is None
+    assert repvgg_cuda.algorithms("cpu") == ["direct", "aten"]
+
+
+def test_a_named_algorithm_is_not_swapped_for_another() -> None:
+    if _ext.module is None:
+        pytest.skip(f"the compiled module {_ext.why_missing}")
+    x, weight, _ = testing.EDGE_CASES[0].tensors(torch.float16)
+    assert repvgg_cuda.refusal("direct", x, weight) == "x must be float32"
+    with pytest.raises(RuntimeError) as error:
+        repvgg_cuda.conv3x3(x, weight, algorithm="direct")
+    text = "conv3x3: algorithm 'direct' cannot run this: x must be float32; use algorithm='auto'"
+    assert str(error.value) == text
+
+
+EVERY_ISA = """
+import sys, torch, repvgg_cuda
+from repvgg_cuda import _ext, testing
+assert _ext.module.cpu_target() == sys.argv[1], _ext.module.cpu_target()
+for threads in (1, 2, 3):
+    torch.set_num_threads(threads)
+    for case in (*testing.EDGE_CASES, *testing.REPVGG_LAYERS):
+        x, weight, bias = case.tensors()
+        geometry = (case.stride, case.groups)
+        want = testing.conv3x3_fp64(x, weight, bias, *geometry)
+        bound = testing.error_bound(x, weight, bias, *geometry)
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            y = repvgg_cuda.conv3x3(x.contiguous(memory_format=memory_format), weight, bias, stride=case.stride,
+                                    groups=case.groups, algorithm="direct")
+            assert ((y.double() - want).abs() <= bound).all(), (case, testing.worst(y, want, bound))
+"""
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa: str) -> None:
+    """The same kernels compiled for less capable machines, forced by REPVGG_CUDA_CPU_ISA."""
+    if _ext.module is None:
+        pytest.skip(f"the compiled module {_ext.why_missing}")
+    if isa not in _ext.module.cpu_targets():
+        pytest.skip(f"this CPU has no {isa}")
+    environment = {**os.environ, "REPVGG_CUDA_CPU_ISA": isa}
+    done = subprocess.run([sys.executable, "-c", EVERY_ISA, isa], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
+def test_results_do_not_depend_on_threads() -> None:
+    threads = torch.get_num_threads()
+    try:
+        for case in (*testing.EDGE_CASES, *testing.REPVGG_LAYERS):
+            x, weight, bias = case.tensors()
+            results = []
+            for n in (1, 2, 3):
+                torch.set_num_threads(n)
+                results.append(repvgg_cuda.conv3x3(x, weight, bias, stride=case.stride, groups=case.groups))
+            assert torch.equal(results[0], results[1]), case
+            assert torch.equal(results[0], results[2]), case
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_concurrent_calls() -> None:
+    """Several Python threads at once: each call has a workspace of its own."""
+    x, weight, bias = testing.REPVGG_LAYERS[2].tensors()
+    want = repvgg_cuda.conv3x3(x, weight, bias)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: repvgg_cuda.conv3x3(x, weight, bias), range(16)))
+    assert all(torch.equal(y, want) for y in results)
 
 
 @settings(max_examples=60, deadline=None)

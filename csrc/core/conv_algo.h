@@ -2,8 +2,8 @@
 // One row is one algorithm. Selection, tests, benchmarks, the CLI and the `algorithm=` argument all read the tables.
 #pragma once
 
-#include <cstddef>
 #include <cstring>
+#include <functional>
 
 #include "core/conv_problem.h"
 
@@ -23,7 +23,11 @@ struct ConvArgs {
   const void* weight;  // OIHW
   const void* bias;    // [K] or nullptr; the dtype of x
   void* y;
-  void* stream;  // cudaStream_t; unused on a CPU
+  void* workspace;  // as many bytes as the row asked for, uninitialised
+  void* stream;     // cudaStream_t; unused on a CPU
+  int threads;      // CPU threads to use; unused on a GPU
+  // Calls f(0) ... f(n - 1), each once, on up to `threads` CPU threads, and waits for them.
+  std::function<void(int64_t n, const std::function<void(int64_t)>& f)> parallel_for;
 };
 
 struct ConvAlgo {
@@ -32,9 +36,13 @@ struct ConvAlgo {
   Refusal (*refuse)(const ConvProblem&, const Device&);
   // Whether "auto" should take this row where it can run. Rows are asked in order of preference.
   bool (*prefer)(const ConvProblem&);
+  // Bytes of workspace that launch needs with so many threads.
+  int64_t (*workspace)(const ConvProblem&, int threads);
   // Throws std::runtime_error if the launch fails.
   void (*launch)(const ConvProblem&, const ConvArgs&);
 };
+
+inline int64_t no_workspace(const ConvProblem&, int) { return 0; }
 
 struct AlgoTable {
   const ConvAlgo* const* rows;

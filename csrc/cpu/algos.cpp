@@ -1,9 +1,14 @@
 // SPDX-License-Identifier: MIT
-// The CPU table. It has no rows yet: on a CPU "auto" runs F.conv2d.
+// The CPU table: the rows in order of preference.
 #include "cpu/algos.h"
 
 namespace repvgg::cpu {
 
-AlgoTable algos() { return {nullptr, 0}; }
+extern const ConvAlgo kConv3x3Direct;
+
+AlgoTable algos() {
+  static const ConvAlgo* const rows[] = {&kConv3x3Direct};
+  return {rows, static_cast<int>(sizeof rows / sizeof *rows)};
+}
 
 }  // namespace repvgg::cpu

@@ -58,6 +58,6 @@ void launch(const ConvProblem& prob, const ConvArgs& args) {
 
 }  // namespace
 
-extern const ConvAlgo kConv3x3Direct = {"direct", refuse, prefer, launch};
+extern const ConvAlgo kConv3x3Direct = {"direct", refuse, prefer, no_workspace, launch};
 
 }  // namespace repvgg::cuda

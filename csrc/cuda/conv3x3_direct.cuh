@@ -161,12 +161,14 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
 #pragma unroll
   for (int k = 0; k < T::kThreadK; ++k) {
     const int64_t k_group = tile.k0 + k_thread + k;
+    if (k_group >= prob.group_K()) break;
     const int64_t k_out = tile.group * prob.group_K() + k_group;
+    const Epilogue::Channel channel = epilogue.channel(k_out);
 #pragma unroll
     for (int j = 0; j < T::kThreadQ; ++j) {
       const int64_t q = tile.q0 + q_thread + j;
-      if (k_group < prob.group_K() && q < prob.Q()) {
-        y[tensor_offset<T::kLayout>(tile.n, k_out, p, q, prob.K, prob.P(), prob.Q())] = epilogue(sum[k][j], k_out);
+      if (q < prob.Q()) {
+        y[tensor_offset<T::kLayout>(tile.n, k_out, p, q, prob.K, prob.P(), prob.Q())] = channel(sum[k][j]);
       }
     }
   }

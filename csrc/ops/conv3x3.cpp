@@ -63,6 +63,12 @@ const ConvAlgo* choose(const AlgoTable& table, const ConvProblem& prob, const De
   return algo;
 }
 
+void parallel_for(int64_t n, const std::function<void(int64_t)>& f) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
 }  // namespace
 
 AlgoTable algos_for(const std::string& device_type) {
@@ -94,9 +100,13 @@ Tensor conv3x3(const Tensor& x, const Tensor& weight, const std::optional<Tensor
   const Tensor weight_dense = torch::stable::contiguous(weight);
   std::optional<Tensor> bias_dense;
   if (bias) bias_dense = torch::stable::contiguous(*bias);
-  algo->launch(prob, {x_dense.const_data_ptr(), weight_dense.const_data_ptr(),
-                      bias_dense ? bias_dense->const_data_ptr() : nullptr, y.mutable_data_ptr(),
-                      x.is_cuda() ? current_stream(device.index) : nullptr});
+  const int threads = x.is_cuda() ? 1 : static_cast<int>(torch::stable::get_num_threads());
+  const std::array<int64_t, 1> workspace_size{algo->workspace(prob, threads)};
+  const Tensor workspace = torch::stable::empty({workspace_size.data(), 1}, ScalarType::Byte, std::nullopt, x.device());
+  algo->launch(prob,
+               {x_dense.const_data_ptr(), weight_dense.const_data_ptr(),
+                bias_dense ? bias_dense->const_data_ptr() : nullptr, y.mutable_data_ptr(), workspace.mutable_data_ptr(),
+                x.is_cuda() ? current_stream(device.index) : nullptr, threads, parallel_for});
   return y;
 }
 

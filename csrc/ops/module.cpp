@@ -7,6 +7,7 @@
 #include <map>
 
 #include "build_info.h"
+#include "cpu/algos.h"
 #include "ops/conv3x3.h"
 #include "ops/dlpack.h"
 #include "ops/fuse_weights.h"
@@ -48,16 +49,10 @@ std::optional<std::string> refusal(const std::string& algorithm, const std::stri
   return std::string(why);
 }
 
-std::map<std::string, bool> cpu_features() {
-#if defined(__x86_64__)
-  return {{"avx2", __builtin_cpu_supports("avx2") != 0},
-          {"fma", __builtin_cpu_supports("fma") != 0},
-          {"avx512f", __builtin_cpu_supports("avx512f") != 0}};
-#elif defined(__aarch64__)
-  return {{"neon", true}};
-#else
-  return {};
-#endif
+std::vector<std::string> cpu_targets() {
+  std::vector<std::string> names;
+  for (int i = 0; const char* name = repvgg::cpu::supported_target(i); ++i) names.emplace_back(name);
+  return names;
 }
 
 // The result as an array of the library that x came from, where that library follows the array API standard.
@@ -119,7 +114,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("out_channels"), py::arg("stride"), py::arg("groups"), py::arg("dtype"), py::arg("channels_last"),
         py::arg("activation"), "Why a row refuses a problem; None if it accepts. device_index -1: no device at hand.");
   m.def("build_info", [] { return std::string(RVG_BUILD_INFO); }, "How this module was built, as JSON.");
-  m.def("cpu_features", &cpu_features, "Instruction sets of this machine that kernels may use.");
+  m.def("cpu_targets", &cpu_targets, "Instruction sets that the CPU kernels are compiled for and this machine has.");
+  m.def("cpu_target", [] { return std::string(repvgg::cpu::target_name()); }, "The one of them that runs.");
 
   py::class_<repvgg::ops::DLPackArray>(m, "DLPackArray", "A result for any library: pass it to its from_dlpack().")
       .def(
