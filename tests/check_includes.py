@@ -23,7 +23,7 @@ OPS_SEES = {"cpu/algos.h", "cpu/fuse_weights.h", "cuda/algos.h"}
 #: Layers of the Python package, lowest first. A module imports from lower layers or its own.
 LAYERS = [
     {"_version", "branches", "_ext"},
-    {"reference", "_registration"},
+    {"reference", "_registration", "structure"},
     {"ops", "testing"},
     {"modules", "timing", "environment"},
     {"models", "convert"},
