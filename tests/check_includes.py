@@ -27,7 +27,7 @@ LAYERS = [
     {"ops", "testing"},
     {"modules", "timing", "environment"},
     {"models", "convert"},
-    {"verification", "checkpoint", "digits", "suites"},
+    {"verification", "state_dict", "checkpoint", "digits", "suites"},
     {"info", "picture", "bench"},
     {"demo"},
     {"cli"},

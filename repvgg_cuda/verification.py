@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: MIT
+"""Deployed against trained: every layer, and the whole network, compared with the trained network in float64.
+
+Two kinds of statement. Each folded layer has a rigorous bound, derived from its weights and its input: a wrong fold
+breaks it. The network as a whole has none that would say anything (see :data:`NETWORK_FACTOR`), so its error is held
+against the one the trained network itself makes in the same dtype.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from repvgg_cuda import testing
+from repvgg_cuda.branches import Branches, dtype_name, require
+from repvgg_cuda.modules import RepConv3x3
+from repvgg_cuda.structure import (
+    BRANCH_NAMES,
+    UnfoldableError,
+    branch_names,
+    conv_geometry,
+    has_branches,
+    read_branches,
+)
+
+#: How many times the error of the trained network the deployed one may make. Layer by layer, rounding errors pass through
+#: the Lipschitz constants of all later layers; their product bounds the end-to-end error, grows exponentially with depth,
+#: and for RepVGG exceeds the logits themselves by many orders of magnitude. But trained and deployed network are two
+#: orders of summation of the same sums, so their errors have the same size: measured ratios lie between 0.6 and 2.2
+#: (RepVGG-A0, B1g4, D2se, random BatchNorm statistics). A wrong fold is off by orders of magnitude more.
+NETWORK_FACTOR = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison with the float64 oracle.
+
+    ``error`` is the largest absolute error, ``share`` the largest part of its bound that any element uses, ``bound``
+    the bound there. ``trained_error``: of the trained network in the same dtype; for the whole network only.
+    """
+
+    name: str
+    branches: str
+    error: float
+    bound: float
+    share: float
+    ok: bool
+    trained_error: float | None = None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The result of :func:`verify`. ``str()`` is a table in plain text, :meth:`render` one for ``rich``.
+
+    ``rows``: one per folded layer in the order of execution, then the whole network. ``not_compared``: multi-branch
+    blocks without a row, with the reason. ``agreement``: images with the same top class as the oracle's, and images;
+    None unless the output is ``[N, classes]``.
+    """
+
+    rows: tuple[Row, ...]
+    not_compared: tuple[str, ...]
+    agreement: tuple[int, int] | None
+    dtype: str
+
+    @property
+    def ok(self) -> bool:
+        """True if every row is within its bound. A NaN anywhere is not."""
+        return all(row.ok for row in self.rows)
+
+    @property
+    def first_failure(self) -> Row | None:
+        """The first row that is not ok, in the order of execution: where to look for the fault."""
+        return next((row for row in self.rows if not row.ok), None)
+
+    @property
+    def network(self) -> Row:
+        """The row of the whole network."""
+        return self.rows[-1]
+
+    def summary(self) -> str:
+        """One line: the verdict, the network's error beside the trained network's own, the top classes."""
+        failures = [row for row in self.rows if not row.ok]
+        verdict = f"all {len(self.rows)} rows within their bounds" if not failures else f"{failures[0].name} FAILS"
+        if len(failures) > 1:
+            verdict += f" first of {len(failures)}"
+        text = (
+            f"{verdict}; {self.dtype} output off the float64 oracle by {self.network.error:.2e} deployed, "
+            f"{self.network.trained_error:.2e} trained"
+        )
+        if self.agreement is not None:
+            text += f"; top class agrees on {self.agreement[0]} of {self.agreement[1]}"
+        return text
+
+    def _cells(self) -> Iterator[tuple[str, ...]]:
+        for row in self.rows:
+            yield (
+                row.name,
+                row.branches,
+                f"{row.error:.2e}",
+                f"{row.bound:.2e}",
+                f"{row.share:.1%}",
+                "ok" if row.ok else "FAIL",
+            )
+
+    _TITLES = ("layer", "branches", "max error", "bound", "used", "")
+
+    def __str__(self) -> str:
+        rows = [self._TITLES, *self._cells()]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(self._TITLES))]
+        lines = [
+            "  ".join(
+                cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in rows
+        ]
+        return "\n".join([*lines, *(f"not compared: {each}" for each in self.not_compared), self.summary()])
+
+    def render(self) -> Table:
+        """The table for a ``rich.console.Console``, failures in red, the summary below."""
+        notes = [*(f"not compared: {each}" for each in self.not_compared), self.summary()]
+        caption = Text("\n".join(notes))  # not markup: a reason may hold brackets
+        table = Table(title="deployed against the float64 oracle", title_justify="left", caption=caption)
+        table.caption_justify = "left"
+        for i, title in enumerate(self._TITLES):
+            table.add_column(title, justify="left" if i < 2 else "right", overflow="fold")
+        for cells, row in zip(self._cells(), self.rows, strict=True):
+            table.add_row(*cells, style=None if row.ok else "bold red")
+        return table
+
+
+# --------------------------------------------------------------------------------------------------------- comparison
+
+
+@torch.no_grad()
+def verify(trained: nn.Module, deployed: nn.Module, inputs: Tensor) -> Verification:
+    """Compares ``deployed`` with ``trained``, layer by layer and as a whole, against ``trained`` in float64.
+
+    Per folded layer: the float64 network's input to it, rounded to the layer's dtype, goes through the deployed
+    convolution (with the ReLU that belongs to it, before any SE) and, in float64, through the trained branches. The
+    difference must stay below what rounding in the convolution, in the folded weights and in the oracle itself can add
+    up to (:mod:`repvgg_cuda.testing`). As a whole: the error of the deployed network must not exceed
+    :data:`NETWORK_FACTOR` times that of the trained network in the same dtype, or half a unit in the last place of the
+    largest output, whichever is more.
+
+    Args:
+        trained, deployed: in eval mode, on one device; neither is modified. Outputs may be tensors or nested lists,
+            tuples and dicts of them; their floating point tensors are compared.
+        inputs: what both take, ``[N, C_in, H, W]``; rounded to the dtype of ``deployed``.
+    Raises:
+        RuntimeError: a model is in training mode, ``trained`` has no multi-branch block, or the two are not the same
+            network; the message says which.
+    Note:
+        Runs with TF32 off, which the bounds for float32 do not cover.
+    """
+    trained, deployed = _unwrap(trained), _unwrap(deployed)
+    _check_eval("trained", trained)
+    _check_eval("deployed", deployed)
+    dtype = _dtype(deployed)
+    require(
+        isinstance(inputs, Tensor) and inputs.is_floating_point() and inputs.numel() > 0,
+        "verify: inputs must be a floating point tensor with at least one element, such as a batch of images",
+    )
+    pairs, not_compared = _pairs(trained, deployed)
+    x = inputs.to(dtype)
+    with _without_tf32():
+        oracle = copy.deepcopy(trained).double()
+        rows = _record_layers(oracle, pairs, not_compared)
+        want = oracle(x.double())
+        same_dtype = trained if _dtype(trained) == dtype else copy.deepcopy(trained).to(dtype)
+        got, own = deployed(x), same_dtype(x)
+    for path in pairs:
+        if path not in rows and path not in not_compared:
+            not_compared[path] = "these inputs do not reach it"
+    return Verification(
+        (*rows.values(), _network_row(want, got, own, dtype)),
+        tuple(f"{path or '(the model itself)'}: {reason}" for path, reason in not_compared.items()),
+        _agreement(want, got),
+        dtype_name(dtype),
+    )
+
+
+Conv = RepConv3x3 | nn.Conv2d
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DataParallel, DistributedDataParallel and torch.compile."""
+    while True:
+        inner = model._modules.get("_orig_mod")
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def _check_eval(which: str, model: nn.Module) -> None:
+    path = next((path for path, module in model.named_modules() if module.training), None)
+    where = f" ({path})" if path else ""
+    require(path is None, f"verify: {which} is in training mode{where}; call {which}.eval() first")
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of the first floating point parameter, or float32."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+@contextlib.contextmanager
+def _without_tf32() -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def _pairs(trained: nn.Module, deployed: nn.Module) -> tuple[dict[str, Conv], dict[str, str]]:
+    """The deployed convolution of each multi-branch block of ``trained``, by path; and blocks without one, with why."""
+    others = dict(deployed.named_modules(remove_duplicate=False))
+    pairs: dict[str, Conv] = {}
+    not_compared: dict[str, str] = {}
+    for path, block in trained.named_modules():
+        if not has_branches(block):
+            continue
+        require(
+            path in others, f"verify: deployed has no module '{path}', which is a block of trained: not its conversion"
+        )
+        other = others[path]
+        conv = other._modules.get("rbr_reparam", other)
+        if isinstance(conv, (RepConv3x3, nn.Conv2d)):
+            pairs[path] = conv
+        else:
+            not_compared[path] = f"it is not folded in deployed, but a {type(other).__name__}"
+    require(
+        len(pairs) > 0,
+        "verify: there is no block with branches in trained and folded in deployed to compare; give the trained model "
+        "first, then the deployed one",
+    )
+    return pairs, not_compared
+
+
+def _record_layers(oracle: nn.Module, pairs: Mapping[str, Conv], not_compared: dict[str, str]) -> dict[str, Row]:
+    """Hooks every paired block of ``oracle``: as it runs, its row appears in the returned dict."""
+    rows: dict[str, Row] = {}
+
+    def hook_for(path: str, conv: Conv) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            try:
+                row = _layer_row(path, block, conv, x)
+            except UnfoldableError as error:
+                not_compared[path] = str(error)
+                return
+            if path not in rows or not row.share <= rows[path].share:  # a block may run several times: keep the worst
+                rows[path] = row
+
+        return hook
+
+    for path, conv in pairs.items():
+        oracle.get_submodule(path).register_forward_pre_hook(hook_for(path, conv), with_kwargs=True)
+    return rows
+
+
+def _layer_row(path: str, block: nn.Module, conv: Conv, x64: Tensor) -> Row:
+    """Compares ``conv`` with the float64 ``block`` on the input ``x64`` of the block."""
+    branches, stride = read_branches(block, path)
+    _check_same_geometry(path, conv, branches, stride)
+    x = x64.to(conv.weight.dtype)
+    exact = x.double()
+    want = torch.stack([child(exact) for name in BRANCH_NAMES if (child := block._modules.get(name))]).sum(0)
+    if isinstance(conv, RepConv3x3) and conv.activation == "relu":
+        want = want.relu()  # 1-Lipschitz: the bound stays
+    got = conv(x).double()
+    algorithm = conv.algorithm if isinstance(conv, RepConv3x3) else "aten"
+    weight_bound, bias_bound = testing.fold_bound(branches, conv.weight.dtype)
+    bound = (
+        testing.error_bound(x, conv.weight, conv.bias, stride, branches.groups, algorithm)
+        + testing.conv3x3_fp64(exact.abs(), weight_bound, bias_bound, stride, branches.groups)
+        + testing.multi_branch_bound(exact, branches, stride)
+    )
+    return _row(path or "(the model itself)", branch_names(block), got, want, bound)
+
+
+def _check_same_geometry(path: str, conv: Conv, branches: Branches, stride: int) -> None:
+    """Raises RuntimeError unless ``conv`` is a 3x3 convolution of the same geometry as the block."""
+    want = (branches.out_channels, branches.in_channels // branches.groups, 3, 3)
+    found = tuple(conv.weight.shape)
+    geometry = conv_geometry(conv) if isinstance(conv, nn.Conv2d) else None
+    same = (geometry.stride[0] if geometry else conv.stride) == stride and conv.groups == branches.groups
+    padded = geometry is None or (geometry.padding, geometry.dilation) == ((1, 1), (1, 1))
+    require(
+        found == want and same and padded,
+        f"verify: {path or 'the model'}: deployed has a convolution {list(found)}, stride {conv.stride}, groups "
+        f"{conv.groups}, where trained has a block {list(want)}, stride {stride}, groups {branches.groups}: not its "
+        "conversion",
+    )
+
+
+def _row(name: str, branches: str, got: Tensor, want: Tensor, bound: Tensor, trained_error: float | None = None) -> Row:
+    """The row of one comparison: ``bound`` per element or for all. NaN in any of them is not ok."""
+    error = (got.double() - want).abs().flatten()
+    bound = bound.expand_as(want).flatten()
+    share = torch.where(error == 0, 0.0, error / bound)  # 0 of a bound of 0 is nothing, not NaN
+    worst = int(share.argmax())  # a NaN counts as the largest
+    ok = bool((error.isfinite() & (error <= bound)).all())
+    return Row(name, branches, float(error.max()), float(bound[worst]), float(share[worst]), ok, trained_error)
+
+
+def _leaves(output: Any) -> list[Tensor]:
+    """The floating point tensors in nested lists, tuples and dicts, in order."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    return [leaf for item in output for leaf in _leaves(item)] if isinstance(output, Sequence) else []
+
+
+def _network_row(want: Any, got: Any, own: Any, dtype: torch.dtype) -> Row:
+    """The row of the whole network: of its worst output tensor, where there are several."""
+    wants, gots, owns = _leaves(want), _leaves(got), _leaves(own)
+    require(len(wants) > 0, f"verify: trained must return floating point tensors, got {type(want).__name__}")
+    shapes = [[list(leaf.shape) for leaf in leaves] for leaves in (wants, gots)]
+    require(shapes[0] == shapes[1], f"verify: trained returns {shapes[0]}, deployed {shapes[1]}: not its conversion")
+    rows = []
+    for w, g, o in zip(wants, gots, owns, strict=True):
+        if w.numel() > 0:
+            own_error = (o.double() - w).abs().max()
+            ulp = testing.unit_roundoff(dtype) * w.abs().max()
+            bound = NETWORK_FACTOR * torch.maximum(own_error, ulp)
+            rows.append(_row("whole network", "", g, w, bound, float(own_error)))
+    require(len(rows) > 0, "verify: the outputs are empty, there is nothing to compare")
+    return max(rows, key=lambda row: math.inf if math.isnan(row.share) else row.share)
+
+
+def _agreement(want: Any, got: Any) -> tuple[int, int] | None:
+    if not isinstance(want, Tensor) or want.dim() != 2:
+        return None
+    return int((want.argmax(1) == got.argmax(1)).sum()), len(want)
