@@ -180,9 +180,10 @@ def _print_header(console: Console, record: dict[str, Any], setup: suites.Setup)
         f"({record['build']['build']} build); {dtype_name(setup.dtype)}{tf32}",
         highlight=False,
         markup=False,
+        soft_wrap=True,
     )
     if warning := environment.load_warning(record):
-        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False)
+        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def table(rows: Sequence[Row]) -> Table:

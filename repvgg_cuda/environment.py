@@ -100,7 +100,7 @@ def load_warning(record: Mapping[str, Any]) -> str | None:
         return None
     return (
         f"other programs are running (load average {load}, {busy} of {cpus} CPUs busy): threads wait for each other, "
-        "so times may be many times too long; run again on a quiet machine, or with one thread"
+        "so times may be many times too long; run again on a quiet machine, or with OMP_NUM_THREADS=1"
     )
 
 

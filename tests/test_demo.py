@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import importlib.util
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy
@@ -27,6 +29,16 @@ def parse(*argv: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     demo.add_arguments(parser)
     return parser.parse_args(argv)
+
+
+def load_script(path: str) -> ModuleType:
+    """A script that is not part of the package, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, Path(__file__).resolve().parent.parent / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def hide_import(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -100,6 +112,42 @@ def test_the_shipped_weights_are_a_trained_multi_branch_network() -> None:
     assert all(value.dtype == torch.float32 for value in state.values() if value.is_floating_point())
     assert digits.WEIGHTS.stat().st_size < 500_000
     assert int(state["stage0.rbr_dense.bn.num_batches_tracked"]) > 0
+
+
+@pytest.fixture
+def train_script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """Runs examples/train_digits.py with the given options."""
+    script = load_script("examples/train_digits.py")
+
+    def run(*options: str) -> int:
+        monkeypatch.setattr("sys.argv", ["train_digits.py", *options])
+        return int(script.main())
+
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    yield run
+    torch.use_deterministic_algorithms(deterministic)
+
+
+def test_the_training_script_learns_and_writes(train_script: Callable[..., int], tmp_path: Path) -> None:
+    path = tmp_path / "digits.safetensors"
+    assert train_script("--epochs", "2", "--out", str(path)) == 0
+    assert list(tmp_path.iterdir()) == [path]
+    metadata = digits.weights_metadata(path)
+    _, held_out = digits.load_digits()
+    right = int((digits.predict(digits.load_trained(path), held_out).argmax(1) == held_out.labels).sum())
+    assert (metadata["held_out_correct"], metadata["epochs"]) == (str(right), "2")
+    assert right > len(held_out) / 2  # chance is a tenth
+    again = tmp_path / "again.safetensors"
+    assert train_script("--epochs", "2", "--out", str(again)) == 0
+    states = [checkpoint.load_state_dict_file(file) for file in (path, again)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_the_training_script_says_what_is_wrong(
+    train_script: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train_script("--out", str(tmp_path / "missing" / "x.safetensors")) == 1
+    assert capsys.readouterr().err.startswith("error: cannot write ")
 
 
 # ------------------------------------------------------------------------------------------------- the digits demo
