@@ -129,10 +129,9 @@ def refusal(
 
 def _require_strided(what: str, tensor: Tensor) -> None:
     # The dispatcher answers other types and layouts with a page about overloads or backends; say it in a line before.
+    # On the path of every call: no message is built unless it is needed.
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{what} must be a torch.Tensor, got {type(tensor).__name__}")
-    require(
-        tensor.layout == torch.strided,
-        f"{what} must be a dense tensor, got layout {str(tensor.layout).removeprefix('torch.')}; "
-        "convert it with .to_dense()",
-    )
+    if tensor.layout is not torch.strided:
+        layout = str(tensor.layout).removeprefix("torch.")
+        raise RuntimeError(f"{what} must be a dense tensor, got layout {layout}; convert it with .to_dense()")

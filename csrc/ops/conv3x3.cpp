@@ -34,7 +34,8 @@ Tensor aten_conv3x3(const Tensor& x, const Tensor& weight, const std::optional<T
                                     from(ones),
                                     from(static_cast<int64_t>(prob.groups))};
   call_aten("aten::conv2d", "", stack.data());
-  Tensor y = torch::stable::contiguous(to<Tensor>(stack[0]), memory_format(prob));
+  Tensor y = to<Tensor>(stack[0]);
+  if (is_channels_last(y) != (prob.layout == Layout::kNHWC)) y = torch::stable::contiguous(y, memory_format(prob));
   if (prob.activation == Activation::kRelu) {
     StableIValue self = from(y);
     call_aten("aten::relu_", "", &self);
@@ -62,6 +63,9 @@ const ConvAlgo* choose(const AlgoTable& table, const ConvProblem& prob, const De
         "; use algorithm='auto'");
   return algo;
 }
+
+// Asks before calling: a call into torch costs more than a small layer's share of the work.
+Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
 void parallel_for(int64_t n, const std::function<void(int64_t)>& f) {
   torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
@@ -96,17 +100,20 @@ Tensor conv3x3(const Tensor& x, const Tensor& weight, const std::optional<Tensor
                                   memory_format(prob));
   if (prob.N == 0) return y;
   // The contiguous copies live until the launch is queued; torch's allocator orders their memory on the same stream.
-  const Tensor x_dense = torch::stable::contiguous(x, memory_format(prob));
-  const Tensor weight_dense = torch::stable::contiguous(weight);
+  const Tensor x_dense = prob.layout == Layout::kNHWC ? x : dense(x);  // kNHWC says that x is dense
+  const Tensor weight_dense = dense(weight);
   std::optional<Tensor> bias_dense;
-  if (bias) bias_dense = torch::stable::contiguous(*bias);
+  if (bias) bias_dense = dense(*bias);
   const int threads = x.is_cuda() ? 1 : static_cast<int>(torch::stable::get_num_threads());
-  const std::array<int64_t, 1> workspace_size{algo->workspace(prob, threads)};
-  const Tensor workspace = torch::stable::empty({workspace_size.data(), 1}, ScalarType::Byte, std::nullopt, x.device());
-  algo->launch(prob,
-               {x_dense.const_data_ptr(), weight_dense.const_data_ptr(),
-                bias_dense ? bias_dense->const_data_ptr() : nullptr, y.mutable_data_ptr(), workspace.mutable_data_ptr(),
-                x.is_cuda() ? current_stream(device.index) : nullptr, threads, parallel_for});
+  const int64_t workspace_bytes = algo->workspace(prob, threads);
+  std::optional<Tensor> workspace;
+  if (workspace_bytes > 0) {
+    workspace = torch::stable::empty({&workspace_bytes, 1}, ScalarType::Byte, std::nullopt, x.device());
+  }
+  algo->launch(prob, {x_dense.const_data_ptr(), weight_dense.const_data_ptr(),
+                      bias_dense ? bias_dense->const_data_ptr() : nullptr, y.mutable_data_ptr(),
+                      workspace ? workspace->mutable_data_ptr() : nullptr,
+                      x.is_cuda() ? current_stream(device.index) : nullptr, threads, parallel_for});
   return y;
 }
 
