@@ -31,6 +31,8 @@ ROUNDS, QUICK_ROUNDS = 30, 3
 #: Scans in the batch on which every layer is verified; the predictions are compared on all of them.
 VERIFIED_SCANS = 64
 
+BUSY = "other programs were running when the timing began: do not rely on the times and ratios"
+
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -71,6 +73,7 @@ class Demo:
     def __init__(self, console: Console, device: torch.device, rounds: int) -> None:
         self.console, self.device, self.rounds = console, device, rounds
         self.setup = suites.Setup(device, torch.float32)
+        self.busy = False
 
     # ------------------------------------------------------------------------------------------------------- digits
 
@@ -124,7 +127,8 @@ class Demo:
             latencies=[(name, three_forms(rows)) for name, rows in latencies],
             footer=f"{environment.machine(record)}, float32, batch 1, torch {torch.__version__}. Bars: median of "
             f"{self.rounds} samples; lines: 10th to 90th percentile; ratios: over three branches, within rounds. "
-            f"Left: {shown} of the {len(held_out)} scans, with every misread one.",
+            f"Left: {shown} of the {len(held_out)} scans, with every misread one."
+            + (f"\nWarning: {BUSY}." if self.busy else ""),
         )
 
         self.title("Summary")
@@ -133,6 +137,7 @@ class Demo:
         self.say(f"layers       {'all within' if verification.ok else 'NOT all within'} their float64 error bounds")
         for name, rows in latencies:
             self.say(f"latency      {name}: {latency_summary(rows)}")
+        self.warn_if_busy()
         self.say(f"picture      {out / 'demo.png'}")
         same = right[0] == right[1] and agree == len(held_out) and verification.ok
         return 0 if same and not wrong_rows else 1
@@ -171,6 +176,7 @@ class Demo:
                 f"top class and layers: {'the same before and after' if same else 'NOT the same before and after'}"
             )
         self.say(f"latency: {latency_summary(rows)}")
+        self.warn_if_busy()
         return 0 if same and not any(row.status in ("wrong", "error") for row in rows) else 1
 
     @torch.inference_mode()
@@ -212,8 +218,13 @@ class Demo:
             f"{environment.machine(record)}; torch {record['torch']}; repvgg_cuda {record['build']['build']} build"
         )
         if warning := environment.load_warning(record):
+            self.busy = True
             self.warn(warning)
         return record
+
+    def warn_if_busy(self) -> None:
+        if self.busy:
+            self.warn(BUSY)
 
     def wait(self, what: str, work: Callable[[], T]) -> T:
         """Does ``work`` under a spinner that says ``what``."""

@@ -337,9 +337,11 @@ def randomise_(model: nn.Module, seed: int = 0) -> nn.Module:
                 assert own is not None
                 assert value is not None
                 own.copy_(value)
-        elif isinstance(module, nn.Conv2d | nn.Linear):
+        elif isinstance(module, nn.Conv2d):
             fan_in = module.weight[0].numel()
             module.weight.copy_(torch.randn(module.weight.shape, generator=generator) / fan_in**0.5)
+        elif isinstance(module, nn.Linear):  # small, because features after a ReLU have one sign: logits of order 1
+            module.weight.copy_(torch.randn(module.weight.shape, generator=generator) / module.in_features)
     return model
 
 

@@ -126,6 +126,7 @@ def test_warm_up_waits_until_the_time_is_stable() -> None:
     assert got["a"].samples == (1e6,) * 4
     growing = FakeClock({"a": lambda i: 1e6 * 1.5**i})  # never settles: the warm-up must give up
     assert timing.warm_up(growing.candidate("a"), growing) == 1
+    assert growing.now < 3 * timing.WARM_UP_NS
 
 
 def test_measure_runs_under_inference_mode_and_within_the_context() -> None:

@@ -171,9 +171,9 @@ def test_the_demo_runs_and_draws(small_network: None, tmp_path: Path, capsys: py
         assert summary.count(form) == 2, form
 
 
-def test_a_wrong_fusion_fails_the_demo(
-    small_network: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def break_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes the demo's fusion get the sign of one layer wrong."""
+
     def broken(model: nn.Module) -> Any:
         conversion = reparameterize(model)
         with torch.no_grad():
@@ -181,6 +181,17 @@ def test_a_wrong_fusion_fails_the_demo(
         return conversion
 
     monkeypatch.setattr(demo, "reparameterize", broken)
+
+
+def stub_latency(monkeypatch: pytest.MonkeyPatch, rows: list[timing.Row]) -> None:
+    monkeypatch.setattr(demo.Demo, "latency", lambda *args: rows)
+    monkeypatch.setattr(demo.Demo, "latency_of", lambda *args: rows)
+
+
+def test_a_wrong_fusion_gets_no_times(
+    small_network: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    break_fusion(monkeypatch)
     assert demo.run(parse("--quick", "--out", str(tmp_path), "--device", "cpu")) == 1
     out = capsys.readouterr().out
     assert "NOT all within their float64 error bounds" in out
@@ -188,6 +199,35 @@ def test_a_wrong_fusion_fails_the_demo(
     assert [row for row in rows if suites.THREE_BRANCHES in row] == []
     assert [row for row in rows if "fused F.conv2d" in row]
     assert [row for row in rows if suites.OWN_PREFIX in row]
+
+
+def test_changed_predictions_alone_fail_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub_latency(monkeypatch, [])
+    break_fusion(monkeypatch)
+    assert demo.run(parse("--out", str(tmp_path), "--device", "cpu")) == 1
+    assert (tmp_path / "demo.png").is_file()
+
+
+@pytest.mark.parametrize(("status", "exit_code"), [("ok", 0), ("refused", 0), ("wrong", 1), ("error", 1)])
+def test_a_wrong_row_alone_fails_the_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: Any, exit_code: int
+) -> None:
+    stub_latency(monkeypatch, [timing.Row("models", "m", "fused F.conv2d", status)])
+    monkeypatch.setattr(picture, "draw", lambda path, **parts: None)
+    assert demo.run(parse("--out", str(tmp_path), "--device", "cpu")) == exit_code
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_times_of_a_busy_machine_carry_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], busy: bool
+) -> None:
+    stub_latency(monkeypatch, [])
+    footers: list[str] = []
+    monkeypatch.setattr(picture, "draw", lambda path, *, footer, **parts: footers.append(footer))
+    monkeypatch.setattr("repvgg_cuda.environment.load_warning", lambda record: "busy" if busy else None)
+    assert demo.run(parse("--out", str(tmp_path), "--device", "cpu")) == 0
+    out = capsys.readouterr().out
+    assert (demo.BUSY in footers[0]) == (demo.BUSY in out[out.index("Summary") :]) == busy
 
 
 def test_misread_digits_are_shown_first() -> None:
