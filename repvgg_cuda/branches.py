@@ -107,10 +107,17 @@ class Branches:
         Six tensors per branch (see TENSORS_PER_BRANCH), four more if a BatchNorm follows the sum; an empty tensor
         stands for one that is absent, because autograd knows lists of tensors but not lists of optional tensors.
         """
-        absent = self.tensors()[0].new_empty(0)
+        self._require_tensors()
         bns = [part.bn for part in self.parts] + ([self.post_bn] if self.post_bn else [])
-        tensors = [absent if value is None else value for _, value in self._slots()]
+        slots = [value for _, value in self._slots()]
+        absent = next(value for value in slots if value is not None).new_empty(0)
+        tensors = [absent if value is None else value for value in slots]
         return tensors, [bn.eps if bn else 0.0 for bn in bns], self.in_channels, self.out_channels, self.groups
+
+    def _require_tensors(self) -> None:
+        n = len(self.parts)
+        require(1 <= n <= MAX_BRANCHES, f"fuse_weights: a block must have 1 to {MAX_BRANCHES} branches, got {n}")
+        require(len(self.tensors()) > 0, "fuse_weights: at least one branch must hold a tensor")
 
     @staticmethod
     def from_op_args(
@@ -152,15 +159,13 @@ class Branches:
     def check(self) -> None:
         """Raises RuntimeError, naming the part and the remedy, unless every tensor fits. Same texts as csrc/ops."""
         c_in, c_out, groups = self.in_channels, self.out_channels, self.groups
-        n = len(self.parts)
-        require(1 <= n <= MAX_BRANCHES, f"fuse_weights: a block must have 1 to {MAX_BRANCHES} branches, got {n}")
+        self._require_tensors()
         require(
             c_in >= 1 and c_out >= 1 and groups >= 1 and c_in % groups == 0 and c_out % groups == 0,
             f"fuse_weights: groups must divide in_channels and out_channels, got groups={groups}, "
             f"in_channels={c_in}, out_channels={c_out}",
         )
         tensors = self.tensors()
-        require(len(tensors) > 0, "fuse_weights: at least one branch must hold a tensor")
         kernel_sizes = [(c_out, c_in // groups, 3, 3), (c_out, c_in // groups, 1, 1)]
         for name, value in self._slots():
             if value is None:

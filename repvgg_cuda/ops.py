@@ -74,10 +74,10 @@ def fuse_weights(
         Folds in float64 and rounds once. Differentiable in every tensor. Source: RepVGG, arXiv:2101.03697, sec. 3.3,
         formulas 3 and 4.
     """
-    branches.check()
-    for tensor in branches.tensors():
+    tensors, *geometry = branches.op_args()
+    for tensor in tensors:
         _require_strided("fuse_weights: every tensor", tensor)
-    weight, bias = torch.ops.repvgg_cuda.fuse_weights(*branches.op_args(), dtype, bias_dtype)
+    weight, bias = torch.ops.repvgg_cuda.fuse_weights(tensors, *geometry, dtype, bias_dtype)
     return weight, bias
 
 

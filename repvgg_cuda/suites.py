@@ -126,7 +126,7 @@ class BlockCase:
         """The fused block: F.conv2d (and cuDNN's fused call, on CUDA), then conv3x3 with every algorithm."""
         weight, bias = fuse_weights(self.branches)
         groups, stride = self.branches.groups, self.stride
-        weight_bound, bias_bound = fold_bound(self.branches, weight.dtype)
+        weight_bound, bias_bound = testing.fold_bound(self.branches, weight.dtype)
         folding = testing.conv3x3_fp64(self.x.abs(), weight_bound, bias_bound, stride, groups)
         for memory_format in formats:
             x = self.x.contiguous(memory_format=memory_format)
@@ -239,7 +239,7 @@ def _fusion_candidates(branches: Branches, dtype: torch.dtype) -> list[Candidate
     like = branches.tensors()[0]
     square = branches.in_channels == branches.out_channels
     identity = reference.identity_kernel(branches.in_channels, branches.groups, like) if square else None
-    want, once = reference.fold_fp64(branches), fold_bound(branches, dtype)
+    want, once = reference.fold_fp64(branches), testing.fold_bound(branches, dtype)
     # Step by step in float32 every operation rounds, not only the last: as many as fold_bound counts for float64.
     roundings = 2 * (6 + len(branches.parts))
     always = [a + roundings * b for a, b in zip(once, testing.fold_bound(branches, torch.float32), strict=True)]
@@ -251,13 +251,6 @@ def _fusion_candidates(branches: Branches, dtype: torch.dtype) -> list[Candidate
         ),
         Candidate(FUSE_WEIGHTS, lambda: fuse_weights(branches, dtype=dtype), _check_fold(want, once, dtype)),
     ]
-
-
-def fold_bound(branches: Branches, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``testing.fold_bound``, and the half step that rounding to a subnormal of ``dtype`` may cost."""
-    half_step = torch.finfo(dtype).smallest_normal * testing.unit_roundoff(dtype)
-    weight, bias = testing.fold_bound(branches, dtype)
-    return weight + half_step, bias + half_step
 
 
 def fold_step_by_step(branches: Branches, identity: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -374,6 +367,7 @@ def model_candidates(
         for conv in _convolutions(in_torch):
             conv.__class__ = TorchConv3x3
         candidates.append(candidate(f"fused F.conv2d + relu{suffix}", in_torch, images))
+        candidates.append(candidate(f"{OWN_PREFIX}auto{suffix}", model, images))
         for algorithm in algorithms(x.device):
             ours, ran, refused = with_algorithm(model, algorithm, images)
             partly = f" in {ran} of {len(_convolutions(ours))} layers, aten in the others" if ran and refused else ""

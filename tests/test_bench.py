@@ -384,7 +384,7 @@ def test_the_notebook_example_says_what_the_notebook_showed(
     parts = (Branch(conv.weight, conv.bias), Branch(pointwise.weight, pointwise.bias), Branch(None))
     block = suites.block_to(Branches(parts, 2, 2), image.device, image.dtype)
     before, after = testing.multi_branch_bound(image, block), testing.error_bound(image, *fuse_weights(block))
-    folding = testing.conv3x3_fp64(image.abs(), *suites.fold_bound(block, image.dtype))
+    folding = testing.conv3x3_fp64(image.abs(), *testing.fold_bound(block, image.dtype))
     assert 0 < difference <= (before + after + folding).max()
     assert line.endswith("torch.allclose: False")
     assert "assert_close" in out
