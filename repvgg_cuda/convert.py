@@ -23,7 +23,6 @@ from repvgg_cuda import testing
 from repvgg_cuda.branches import Branches, dtype_name
 from repvgg_cuda.models import RepVGGplus
 from repvgg_cuda.modules import RepConv3x3, RepVGGBlock, RepVGGplusBlock
-from repvgg_cuda.reference import fold_fp64
 from repvgg_cuda.structure import BRANCH_NAMES, UnfoldableError, branch_names, has_branches, read_branches, refuse_hooks
 
 Status = Literal["fused", "deployed", "left"]
@@ -169,43 +168,86 @@ def _is_deployed(module: nn.Module) -> bool:
 
 
 #: What may stand in a block beside its branches: it comes after their sum, and stays.
-_SE_NAME, _ACTIVATION_NAMES = "se", ("nonlinearity", "act")
+_ACTIVATION_NAMES = ("nonlinearity", "act")
+_STAYING = ("se", "post_se", *_ACTIVATION_NAMES)
 
 
 def _plan_official(block: nn.Module, path: str) -> Plan:
     """Any module with branches under the official names. Its ``forward`` cannot be read, so its output is compared."""
     for name, child in block.named_children():
-        known = name in BRANCH_NAMES or name == _SE_NAME or name in _ACTIVATION_NAMES
-        if not known and (any(True for _ in child.parameters()) or any(True for _ in child.buffers())):
+        if name not in (*BRANCH_NAMES, *_STAYING) and _has_state(child, recurse=True):
             raise UnfoldableError(f"it has a {type(child).__name__} '{name}', whose place in the sum is unknown")
-    if any(True for _ in block.parameters(recurse=False)) or any(True for _ in block.buffers(recurse=False)):
+    if _has_state(block, recurse=False):
         raise UnfoldableError("it has parameters or buffers of its own, whose place in the sum is unknown")
     refuse_hooks(block, path, itself=True)
     branches, stride = read_branches(block, path)
     branches.check()
-    se = block._modules.get(_SE_NAME)
-    se = nn.Identity().train(block.training) if se is None else se
-    tail = _prove(block, branches, stride, se)
+    activation = _prove(block, branches)
     conv = RepConv3x3.from_branches(branches, stride=stride)
     _refuse_overflow(conv)
-
-    def install() -> nn.Module:
-        with torch.device("meta"):  # its fresh weights are replaced at once
-            deployed = RepVGGBlock(conv.in_channels, conv.out_channels, stride=stride, groups=conv.groups, deploy=True)
-        deployed.train(block.training)
-        deployed.se, deployed.nonlinearity = se, tail
-        deployed.install(conv)
-        return deployed
-
-    return Plan(install)
+    return Plan(lambda: _deployed_like(block, conv, activation))
 
 
-#: The first that recognises a module takes it.
-ADAPTERS = (
-    Adapter("RepVGGplusBlock", _is_ours(RepVGGplusBlock), _plan_ours),
-    Adapter("RepVGGBlock", _is_ours(RepVGGBlock), _plan_ours),
-    Adapter("RepVGG-like", _looks_official, _plan_official),
-)
+def _has_state(module: nn.Module, *, recurse: bool) -> bool:
+    return any(True for _ in (*module.parameters(recurse), *module.buffers(recurse)))
+
+
+def _deployed_like(block: nn.Module, conv: RepConv3x3, activation: nn.Module) -> RepVGGBlock:
+    """A deployed block of ours with the SE of ``block``: ``post_se(activation(se(conv(x))))``."""
+    kind = RepVGGBlock if block._modules.get("post_se") is None else RepVGGplusBlock
+    with torch.device("meta"):  # its fresh weights are replaced at once
+        deployed = kind(conv.in_channels, conv.out_channels, stride=conv.stride, groups=conv.groups, deploy=True)
+    deployed.train(block.training)
+    deployed.nonlinearity = activation
+    for name in ("se", "post_se"):
+        if (child := block._modules.get(name)) is not None:
+            setattr(deployed, name, child)
+    deployed.install(conv)
+    return deployed
+
+
+def _activations(block: nn.Module) -> list[nn.Module]:
+    """The activations that ``block`` may apply: its child of that name; without one, a call of a function, or none."""
+    named = [child for name in _ACTIVATION_NAMES if (child := block._modules.get(name)) is not None]
+    return named or [nn.Identity().train(block.training), nn.ReLU().train(block.training)]
+
+
+@torch.no_grad()
+def _prove(block: nn.Module, branches: Branches) -> nn.Module:
+    """The activation with which the deployed form of ``block`` computes what ``block`` does, compared in float64.
+
+    The two may differ by what a *float32* evaluation of the folded convolution may round to. Rounding in float64 stays
+    below that by nine orders of magnitude, whatever SE and activation make of it; another structure does not. Inputs
+    of several magnitudes show up clipping, both parities of the size show up another padding.
+
+    Raises:
+        UnfoldableError: it computes something else, or cannot be run on one input.
+    """
+    if branches.tensors()[0].device.type == "meta":
+        raise UnfoldableError("on the meta device it cannot be shown that its forward is a sum of branches")
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.tensor([0.1, 1, 10, 100], dtype=torch.float64).reshape(-1, 1, 1, 1)
+    x = torch.randn(4, branches.in_channels, 7, 6, generator=generator, dtype=torch.float64) * scales
+    try:
+        exact = copy.deepcopy(block).cpu().double()
+        want = exact(x.clone())
+    except Exception as error:  # a foreign forward may raise anything
+        raise UnfoldableError(f"its forward cannot be run on one input: {type(error).__name__}: {error}") from error
+    if not isinstance(want, Tensor):
+        raise UnfoldableError(f"its forward returns a {type(want).__name__}, not a tensor")
+
+    exact_branches, stride = read_branches(exact)
+    for activation, exact_activation in zip(_activations(block), _activations(exact), strict=True):
+        conv = RepConv3x3.from_branches(exact_branches, stride=stride)
+        assert conv.bias is not None
+        got = _deployed_like(exact, conv, exact_activation)(x.clone())
+        bound = testing.error_bound(x.float(), conv.weight.float(), conv.bias.float(), stride, conv.groups)
+        if got.shape == want.shape and bool(((got - want).abs() <= bound).all()):
+            return activation
+    raise UnfoldableError(
+        "its forward computes something else than post_se(activation(se(sum of its branches))), as a comparison in "
+        "float64 shows"
+    )
 
 
 def _refuse_overflow(conv: RepConv3x3) -> None:
@@ -217,42 +259,12 @@ def _refuse_overflow(conv: RepConv3x3) -> None:
             )
 
 
-@torch.no_grad()
-def _prove(block: nn.Module, branches: Branches, stride: int, se: nn.Module) -> nn.Module:
-    """The activation with which ``activation(se(fold(x)))`` is what ``block`` computes, compared in float64.
-
-    The two may differ by what a *float32* evaluation of the folded convolution may round to. Rounding in float64 stays
-    below that by nine orders of magnitude, whatever SE and activation make of it; another structure does not. Inputs
-    of several magnitudes show up clipping, both parities of the size show up another padding.
-
-    Raises:
-        UnfoldableError: it computes something else, or cannot be run on one input.
-    """
-    device = branches.tensors()[0].device
-    if device.type == "meta":
-        raise UnfoldableError("on the meta device it cannot be shown that its forward is a sum of branches")
-    generator = torch.Generator().manual_seed(0)
-    scales = torch.tensor([0.1, 1, 10, 100], dtype=torch.float64).reshape(-1, 1, 1, 1)
-    x = torch.randn(4, branches.in_channels, 7, 6, generator=generator, dtype=torch.float64) * scales
-    weight, bias = fold_fp64(branches)
-    weight, bias = weight.cpu(), bias.cpu()
-    try:
-        want = copy.deepcopy(block).cpu().double()(x.clone())
-    except Exception as error:  # a foreign forward may raise anything
-        raise UnfoldableError(f"its forward cannot be run on one input: {type(error).__name__}: {error}") from error
-    if not isinstance(want, Tensor):
-        raise UnfoldableError(f"its forward returns a {type(want).__name__}, not a tensor")
-
-    bound = testing.error_bound(x.float(), weight.float(), bias.float(), stride, branches.groups)
-    summed = copy.deepcopy(se).cpu().double()(testing.conv3x3_fp64(x, weight, bias, stride, branches.groups))
-    named = [child for name in _ACTIVATION_NAMES if (child := block._modules.get(name)) is not None]
-    for activation in named or (nn.Identity(), nn.ReLU()):  # without a child it may be a function call
-        got = copy.deepcopy(activation).cpu().double()(summed.clone())
-        if got.shape == want.shape and bool(((got - want).abs() <= bound).all()):
-            return activation
-    raise UnfoldableError(
-        "its forward computes something else than activation(se(sum of its branches)), as a comparison in float64 shows"
-    )
+#: The first that recognises a module takes it.
+ADAPTERS = (
+    Adapter("RepVGGplusBlock", _is_ours(RepVGGplusBlock), _plan_ours),
+    Adapter("RepVGGBlock", _is_ours(RepVGGBlock), _plan_ours),
+    Adapter("RepVGG-like", _looks_official, _plan_official),
+)
 
 
 # --------------------------------------------------------------------------------------------------------- conversion

@@ -186,6 +186,10 @@ class _Network(nn.Module):
             if isinstance(module, BlockSequence):
                 module.use_checkpoint = enable
 
+    def custom_l2(self) -> Tensor:
+        """The sum of :meth:`RepVGGBlock.custom_l2` over the blocks, a scalar to be added to the loss in training."""
+        return torch.stack([block.custom_l2() for block in self.blocks()]).sum()
+
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """The feature maps of the stages in ``out_indices``, each ``[N, C, P, Q]`` as ``feature_info`` says."""
         features: dict[int, Tensor] = {}
@@ -278,13 +282,14 @@ class RepVGGplusStage(nn.Module):
 
 
 class RepVGGplus(_Network):
-    """RepVGGplus: RepVGG with SE after the ReLU and, in training, three auxiliary classifiers and a penalty.
+    """RepVGGplus: RepVGG with SE after the ReLU and, in training, three auxiliary classifiers.
 
     Arguments as for :class:`RepVGG`, with ``use_post_se`` for ``use_se``; stage 3 is split in two: it needs two blocks.
 
-    ``forward``: as :class:`RepVGG`; but in training mode, in train form, a dict as in the official code: logits under
-    ``"main"``, ``"stage1_aux"``, ``"stage2_aux"``, ``"stage3_first_aux"``, and the sum of the blocks' ``custom_l2``
-    under ``"L2"``. In eval mode the auxiliary classifiers do not run, and the deployed form does not have them.
+    ``forward``: as :class:`RepVGG`; but in training mode, in train form, a dict of logits as in the official code:
+    ``"main"``, ``"stage1_aux"``, ``"stage2_aux"``, ``"stage3_first_aux"``. In eval mode the auxiliary classifiers do
+    not run, and the deployed form does not have them. The "L2" of RepVGGplus-L2pse is a penalty that its training adds:
+    :meth:`custom_l2`.
     """
 
     SEGMENTS = (("stage0", 0), ("stage1", 1), ("stage2", 2), ("stage3_first", 3), ("stage3_second", 3), ("stage4", 4))
@@ -327,10 +332,6 @@ class RepVGGplus(_Network):
             delattr(self, name)
         return dropped
 
-    def custom_l2(self) -> Tensor:
-        """The sum of the blocks' :meth:`RepVGGBlock.custom_l2`, a scalar."""
-        return torch.stack([block.custom_l2() for block in self.blocks()]).sum()
-
     def forward(self, x: Tensor) -> Tensor | list[Tensor] | dict[str, Tensor]:
         if self.training and all(hasattr(self, name) for name in self.AUXILIARY_HEADS):
             return self._forward_train(x)
@@ -343,7 +344,7 @@ class RepVGGplus(_Network):
             x = getattr(self, segment)(x)
             if f"{segment}_aux" in self.AUXILIARY_HEADS:
                 auxiliary[f"{segment}_aux"] = getattr(self, f"{segment}_aux")(x)
-        return {"main": self.forward_head(x), **auxiliary, "L2": self.custom_l2()}
+        return {"main": self.forward_head(x), **auxiliary}
 
 
 def _auxiliary_head(channels: int, num_classes: int) -> nn.Sequential:
@@ -376,8 +377,9 @@ def create_model(
         RuntimeError: there is no model ``name`` (the message lists them), or an argument is out of range.
     """
     if name not in CONFIGS:
-        close = difflib.get_close_matches(name, CONFIGS, n=1)
-        hint = f"did you mean '{close[0]}'? " if close else ""
+        by_lower = {known.lower(): known for known in CONFIGS}
+        close = difflib.get_close_matches(name.lower(), by_lower, n=1)
+        hint = f"did you mean '{by_lower[close[0]]}'? " if close else ""
         raise RuntimeError(f"create_model: there is no model '{name}'; {hint}the names are {', '.join(CONFIGS)}")
     config = CONFIGS[name]
     return (RepVGGplus if config.plus else RepVGG)(
