@@ -212,22 +212,30 @@ def _activations(block: nn.Module) -> list[nn.Module]:
     return named or [nn.Identity().train(block.training), nn.ReLU().train(block.training)]
 
 
+def _probe(channels: int) -> Tensor:
+    """``[8, channels, 7, 6]`` in float64: magnitudes from 0.1 to 100, half of them with another mean per channel."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(8, channels, 7, 6, generator=generator, dtype=torch.float64)
+    means = torch.randn(8, channels, 1, 1, generator=generator, dtype=torch.float64)
+    means[:4] = 0
+    return (pixels + means) * torch.tensor([0.1, 1, 10, 100] * 2, dtype=torch.float64).reshape(-1, 1, 1, 1)
+
+
 @torch.no_grad()
 def _prove(block: nn.Module, branches: Branches) -> nn.Module:
     """The activation with which the deployed form of ``block`` computes what ``block`` does, compared in float64.
 
     The two may differ by what a *float32* evaluation of the folded convolution may round to. Rounding in float64 stays
     below that by nine orders of magnitude, whatever SE and activation make of it; another structure does not. Inputs
-    of several magnitudes show up clipping, both parities of the size show up another padding.
+    of several magnitudes and means show up clipping and wake the hidden units of SE, both parities of the size show up
+    another padding.
 
     Raises:
         UnfoldableError: it computes something else, or cannot be run on one input.
     """
     if branches.tensors()[0].device.type == "meta":
         raise UnfoldableError("on the meta device it cannot be shown that its forward is a sum of branches")
-    generator = torch.Generator().manual_seed(0)
-    scales = torch.tensor([0.1, 1, 10, 100], dtype=torch.float64).reshape(-1, 1, 1, 1)
-    x = torch.randn(4, branches.in_channels, 7, 6, generator=generator, dtype=torch.float64) * scales
+    x = _probe(branches.in_channels)
     try:
         exact = copy.deepcopy(block).cpu().double()
         want = exact(x.clone())
@@ -315,14 +323,10 @@ class _Found(NamedTuple):
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Adapter]]:
-    """Every block with its path, once, and the adapter that takes it. Does not look for blocks inside of blocks."""
-    inside: tuple[str, ...] = ()
+    """Every block with its first path, and the adapter that takes it."""
     for path, module in model.named_modules():
-        if path.startswith(inside):
-            continue
         adapter = next((each for each in ADAPTERS if each.recognises(module)), None)
         if adapter is not None:
-            inside = (*inside, f"{path}." if path else "")
             yield path, module, adapter
 
 
@@ -351,10 +355,11 @@ def _complain(report: Report, strict: bool) -> None:
 
 def _swap(model: nn.Module, replaced: Mapping[int, nn.Module]) -> nn.Module:
     """Puts each replacement in every place where its original stands. Returns the root, which may be one itself."""
-    for module in list(model.modules()):
-        for name, child in module._modules.items():
-            if child is not None and id(child) in replaced:
-                module._modules[name] = replaced[id(child)]
+    for root in (model, *replaced.values()):  # a replaced block may hold another one, in its SE
+        for module in list(root.modules()):
+            for name, child in module._modules.items():
+                if child is not None and id(child) in replaced:
+                    module._modules[name] = replaced[id(child)]
     return replaced.get(id(model), model)
 
 

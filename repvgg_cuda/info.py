@@ -39,6 +39,7 @@ def collect() -> dict[str, Any]:
             "capability": torch.backends.cpu.get_cpu_capability(),
             "cores": _usable_cores(),
             "threads": torch.get_num_threads(),
+            "kernels": _ext.module.cpu_target() if _ext.module else None,
         },
         "cuda": {"available": torch.cuda.is_available(), "why_missing": _why_no_cuda(), "devices": _cuda_devices()},
         "algorithms": {device: [_algorithm(name, device) for name in algorithms(device)] for device in ("cpu", "cuda")},

@@ -120,6 +120,18 @@ def test_every_instruction_set(isa: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_an_unknown_instruction_set_is_an_error() -> None:
+    if _ext.module is None:
+        pytest.skip(f"the compiled module {_ext.why_missing}")
+    code = "import torch, repvgg_cuda; repvgg_cuda.conv3x3(torch.ones(1, 1, 2, 2), torch.ones(1, 1, 3, 3))"
+    environment = {**os.environ, "REPVGG_CUDA_CPU_ISA": "avx3"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("RuntimeError: REPVGG_CUDA_CPU_ISA must be one of baseline")
+    assert last.endswith(", got 'avx3'")
+
+
 def test_results_do_not_depend_on_threads() -> None:
     threads = torch.get_num_threads()
     try:

@@ -427,6 +427,27 @@ def test_a_bare_block_converts(block: nn.Module, inplace: bool) -> None:
     assert_verified(trained, deployed, images(6))
 
 
+@pytest.mark.parametrize("outer", [RepVGGBlock, OfficialLike])
+@pytest.mark.parametrize("inner", [RepVGGBlock, OfficialLike])
+def test_blocks_inside_of_blocks_convert(outer: Callable[..., nn.Module], inner: Callable[..., nn.Module]) -> None:
+    block = outer(6, 6)
+    block.se = inner(6, 6)
+    foreign(block)
+    deployed, report = reparameterize(block, strict=True)
+    assert [entry.name for entry in report.fused] == ["(the model itself)", "se"]
+    assert {key.rsplit(".", 1)[0] for key in deployed.state_dict()} == {"rbr_reparam", "se.rbr_reparam"}
+    assert_verified(block, deployed, images(6))
+
+
+def test_a_block_in_a_branch_converts_where_its_holder_cannot() -> None:
+    block = foreign(with_branches(RepVGGBlock(6, 6))).double()
+    with pytest.warns(UserWarning, match="rbr_dense.nonlinearity is a ReLU, not a plain Conv2d"):
+        deployed, report = reparameterize(block)
+    assert [entry.path for entry in report.fused] == ["rbr_dense"]
+    x = images(6, dtype=torch.float64)
+    torch.testing.assert_close(deployed(x), block(x))
+
+
 def test_the_trained_model_is_untouched_unless_asked() -> None:
     for model in (tiny(), nn.Sequential(foreign(OfficialLike()))):
         model.eval()

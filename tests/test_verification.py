@@ -176,6 +176,14 @@ def test_nan_anywhere_is_not_ok() -> None:
     assert failed(verify(trained, deployed, images())) == ["whole network"]
 
 
+def test_overflow_is_not_ok_even_if_the_trained_network_overflows() -> None:
+    trained, deployed = pair()
+    for module in (trained, deployed):
+        module.linear.bias.data[0] = 1e6  # more than float16 holds
+    assert verify(trained, deployed, images()).ok
+    assert failed(verify(trained, deployed.half(), images())) == ["whole network"]
+
+
 def test_weights_rounded_twice_are_noticed() -> None:
     trained, deployed = pair()
     assert not verify(trained, deployed.to(torch.bfloat16).to(torch.float16), images()).ok

@@ -10,6 +10,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "core/conv_algo.h"
 #include "core/epilogue.h"
@@ -23,17 +25,25 @@ constexpr int64_t kSumsBytes = 24 * 1024;    // of finished sums: they must stil
 constexpr int64_t kPadding = 256;            // floats past the end: the last block of a strip reads beyond it
 constexpr int64_t kAlign = 64;
 
+// The most capable instruction set that this CPU has, or at most the one that REPVGG_CUDA_CPU_ISA names (for tests).
+const DirectTarget& choose_target() {
+  const DirectTargets all = direct_targets();
+  const char* limit = std::getenv("REPVGG_CUDA_CPU_ISA");
+  const DirectTarget* best = &all.rows[0];
+  std::string names;
+  for (int i = 0; i < all.size; ++i) {
+    if (all.rows[i].supported()) best = &all.rows[i];
+    if (limit != nullptr && std::strcmp(limit, all.rows[i].name) == 0) return *best;
+    names += (i ? ", " : "") + std::string(all.rows[i].name);
+  }
+  if (limit != nullptr) {
+    throw std::runtime_error("REPVGG_CUDA_CPU_ISA must be one of " + names + ", got '" + limit + "'");
+  }
+  return *best;
+}
+
 const DirectTarget& target() {
-  static const DirectTarget& chosen = [&]() -> const DirectTarget& {
-    const DirectTargets all = direct_targets();
-    const char* limit = std::getenv("REPVGG_CUDA_CPU_ISA");  // the most capable one to use, for tests
-    const DirectTarget* best = &all.rows[0];
-    for (int i = 0; i < all.size; ++i) {
-      if (all.rows[i].supported()) best = &all.rows[i];
-      if (limit != nullptr && std::strcmp(limit, all.rows[i].name) == 0) break;
-    }
-    return *best;
-  }();
+  static const DirectTarget& chosen = choose_target();
   return chosen;
 }
 
