@@ -27,7 +27,7 @@ format: $(VENV)/.dev
 	$(VENV)/bin/clang-format -i $(wildcard csrc/*/*)
 
 # Every default architecture, warnings and register spills are errors; then what the binary holds is checked.
-cuda-build: $(VENV)/.dev $(VENV)/.built
+cuda-build: $(VENV)/.dev
 	rm -rf build/cuda-gate && mkdir -p build/cuda-gate
 	REPVGG_CUDA_BUILD=cuda REPVGG_CUDA_WERROR=1 TORCH_CUDA_ARCH_LIST= $(PY) setup.py --quiet \
 		build_ext --build-lib build/cuda-gate --build-temp build/cuda-gate/objects
@@ -40,7 +40,7 @@ $(VENV)/.stamp: pyproject.toml
 	$(PIP) "setuptools>=77" ninja pybind11
 	touch $@
 
-$(VENV)/.dev: $(VENV)/.stamp
+$(VENV)/.dev: $(VENV)/.built
 	$(PIP) ruff mypy clang-format types-setuptools nvidia-cuda-cuobjdump
 	touch $@
 

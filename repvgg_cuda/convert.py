@@ -213,9 +213,9 @@ def _activations(block: nn.Module) -> list[nn.Module]:
 
 
 def _probe(channels: int) -> Tensor:
-    """``[8, channels, 7, 6]`` in float64: magnitudes from 0.1 to 100, half of them with another mean per channel."""
+    """``[8, channels, 5, 4]`` in float64: magnitudes from 0.1 to 100, half of them with another mean per channel."""
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(8, channels, 7, 6, generator=generator, dtype=torch.float64)
+    pixels = torch.randn(8, channels, 5, 4, generator=generator, dtype=torch.float64)
     means = torch.randn(8, channels, 1, 1, generator=generator, dtype=torch.float64)
     means[:4] = 0
     return (pixels + means) * torch.tensor([0.1, 1, 10, 100] * 2, dtype=torch.float64).reshape(-1, 1, 1, 1)

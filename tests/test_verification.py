@@ -88,6 +88,54 @@ def test_official_networks_err_as_little_as_the_trained(name: str) -> None:
     assert result.network.max_error <= NETWORK_FACTOR * result.network.trained_error
 
 
+def exact_block() -> RepVGGBlock:
+    """One channel, every weight 1, BatchNorms that scale by 1: float32 computes whole numbers without an error."""
+    block = RepVGGBlock(1, 1).eval()
+    for module in block.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.ones_(module.weight)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.eps = 0.0
+    return block
+
+
+def test_a_unit_in_the_last_place_is_no_fault() -> None:
+    trained = exact_block()
+    deployed = reparameterize(trained, strict=True).model
+    x = torch.full((1, 1, 4, 4), 1024.0)
+    result = verify(trained, deployed, x)
+    assert result.ok
+    assert (result.network.max_error, result.network.share, result.network.trained_error) == (0, 0, 0)
+    deployed.rbr_reparam.bias.data += torch.finfo(torch.float32).eps * 8192  # the last place of the outputs
+    result = verify(trained, deployed, x)
+    assert result.network.max_error > 0
+    assert result.network.trained_error == 0
+    assert result.ok
+
+
+def test_zero_of_a_bound_of_zero_is_ok() -> None:
+    trained, deployed = pair()
+    for model in (trained, deployed):
+        nn.init.zeros_(model.linear.weight)
+        nn.init.zeros_(model.linear.bias)
+    result = verify(trained, deployed, images())
+    assert result.ok
+    assert (result.network.bound, result.network.share) == (0, 0)
+
+
+def test_branches_that_cancel_are_given_their_rounding() -> None:
+    """The oracle and the fold round relative to the branches, a million times the sum."""
+    trained = randomise_(RepVGGBlock(4, 4)).eval().double()
+    with torch.no_grad():
+        trained.rbr_dense.conv.weight[:, :, 1, 1] += 1e6
+        trained.rbr_1x1.conv.weight[:, :, 0, 0] -= 1e6
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            getattr(trained.rbr_1x1.bn, name).copy_(getattr(trained.rbr_dense.bn, name))
+    result = verify(trained, reparameterize(trained, strict=True).model, images(channels=4))
+    assert result.rows[0].ok, str(result)
+    assert result.rows[0].max_error > 1e-11
+
+
 # ---------------------------------------------------------------------------------------------------------- wrong folds
 
 
@@ -160,6 +208,13 @@ def test_what_no_single_layer_shows_fails_in_the_network() -> None:
     assert failed(verify(trained, deployed, images())) == ["whole network"]
     trained, deployed = pair(use_se=True, width_multiplier=[0.25] * 4)
     deployed.stage2[1].se = nn.Identity().eval()
+    assert failed(verify(trained, deployed, images())) == ["whole network"]
+
+
+def test_float64_is_held_to_its_own_precision() -> None:
+    trained = tiny().double()
+    deployed = reparameterize(trained, strict=True).model
+    deployed.linear.weight.data *= 1 + 1e-12
     assert failed(verify(trained, deployed, images())) == ["whole network"]
 
 
