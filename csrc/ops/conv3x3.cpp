@@ -23,16 +23,12 @@ MemoryFormat memory_format(const ConvProblem& prob) {
 
 // The last resort: F.conv2d, then the activation in place.
 Tensor aten_conv3x3(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const ConvProblem& prob) {
-  std::optional<Tensor> aten_bias = bias;
-  if (bias && bias->scalar_type() != x.scalar_type()) aten_bias = torch::stable::to(*bias, x.scalar_type());
+  const bool convert_bias = bias && bias->scalar_type() != x.scalar_type();
+  const StableIValue aten_bias =
+      convert_bias ? from(std::optional<Tensor>(torch::stable::to(*bias, x.scalar_type()))) : from(bias);
   const std::vector<int64_t> stride(2, prob.stride), ones(2, 1);
-  std::array<StableIValue, 7> stack{from(x),
-                                    from(weight),
-                                    from(aten_bias),
-                                    from(stride),
-                                    from(ones),
-                                    from(ones),
-                                    from(static_cast<int64_t>(prob.groups))};
+  std::array<StableIValue, 7> stack{
+      from(x), from(weight), aten_bias, from(stride), from(ones), from(ones), from(static_cast<int64_t>(prob.groups))};
   call_aten("aten::conv2d", "", stack.data());
   Tensor y = to<Tensor>(stack[0]);
   if (is_channels_last(y) != (prob.layout == Layout::kNHWC)) y = torch::stable::contiguous(y, memory_format(prob));
