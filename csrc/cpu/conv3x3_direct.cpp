@@ -183,12 +183,16 @@ Refusal refuse(const ConvProblem& prob, const Device&) {
   return prob.dtype == DType::kFloat32 ? nullptr : "x must be float32";
 }
 
-// Where it beat F.conv2d (oneDNN) on an AVX-512 machine, 1 and 2 threads: 1.0 to 3.0 times with few channels, where
-// oneDNN's layout conversions weigh, and 1.3 to 2.0 times on the 7x7 outputs of the last stage. In between oneDNN is
-// level or up to 1.3 times ahead, and in channels_last always. `repvgg-cuda bench --suite layers` shows it.
+// Where it beat F.conv2d (oneDNN) on an AVX-512 machine, with 1 and 2 threads: with few input channels, where oneDNN's
+// layout conversions weigh (up to 3 times), on the 7x7 outputs of the last stage (1.3 to 2 times), and in problems so
+// small that calling into torch takes longer than computing. In between oneDNN is level or up to 1.3 times ahead, and
+// in channels_last always. `repvgg-cuda bench --suite notebook layers models` shows it.
 bool prefer(const ConvProblem& prob) {
   const int64_t pixels = prob.P() * prob.Q();
-  return prob.layout == Layout::kNCHW && (prob.group_C() <= 16 || (pixels >= 36 && pixels <= 64));
+  const bool few_channels = prob.group_C() <= 16 && (prob.stride == 1 || prob.Q() <= 64);
+  const bool last_stage = pixels >= 36 && pixels <= 64;
+  const bool tiny = prob.N * prob.K * pixels * prob.group_C() <= 64 * 1024;
+  return prob.layout == Layout::kNCHW && (few_channels || last_stage || tiny);
 }
 
 int64_t workspace(const ConvProblem& prob, int threads) {
