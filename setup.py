@@ -178,7 +178,7 @@ class BuildExtension(build_ext):
         nvcc_flags = ["-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", *BUILD.gencode]
         nvcc_flags += ["-O0", "-g", "-G"] if debug else ["-O3", *(["-lineinfo"] if lineinfo else [])]
         if flag("REPVGG_CUDA_WERROR"):
-            # g++ 12 sees dangers in std::string and std::optional that are not there (its bugs 105329, 105562).
+            # g++ 12 sees dangers in std::string and std::optional that are not there (its bugs 105329, 80635).
             cxx_flags += ["-Werror", "-Wno-error=restrict", "-Wno-error=maybe-uninitialized"]
             nvcc_flags += ["-Werror=all-warnings", "-Xptxas=-warn-spills,-Werror"]
         libraries = [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from repvgg_cuda import _ext, reference
-from repvgg_cuda.branches import TENSORS_PER_BRANCH, BatchNorm, Branches, check_fused_dtype, require
+from repvgg_cuda.branches import TENSORS_PER_BRANCH, BatchNorm, Branches, check_fused_dtype
 
 NAMESPACE = "repvgg_cuda"
 
@@ -168,10 +168,9 @@ def _conv3x3_vmap(
 
 
 def _fuse_weights_vmap(*args: Any) -> Any:
-    require(
-        False,
+    raise RuntimeError(
         "fuse_weights: vmap is not supported; fuse the blocks one after another, or use "
-        "repvgg_cuda.reference.fuse_weights",
+        "repvgg_cuda.reference.fuse_weights"
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import repvgg_cuda
 from repvgg_cuda import Branches, _registration, reference, testing
@@ -206,6 +207,28 @@ def test_autocast(dtype: torch.dtype) -> None:
     assert y.dtype == F.conv2d(x.to(dtype), weight.to(dtype), groups=2).dtype == dtype
     want = repvgg_cuda.conv3x3(x.to(dtype), weight.to(dtype), bias, groups=2)
     assert torch.equal(y, want)
+
+
+class ArgumentDtypes(TorchDispatchMode):
+    """Notes the dtypes of the tensors that reach the kernel of conv3x3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[torch.dtype] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is OPS.conv3x3.default:
+            self.seen += [value.dtype for value in args if isinstance(value, Tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+def test_autocast_leaves_a_float32_bias_to_the_kernel() -> None:
+    """Its result shows it only where a kernel adds the bias in float32; aten rounds it first."""
+    x, weight, bias = conv_sample()
+    for given, reached in ((bias, torch.float32), (bias.half(), torch.bfloat16)):
+        with torch.autocast("cpu", torch.bfloat16), ArgumentDtypes() as dtypes:
+            repvgg_cuda.conv3x3(x, weight, given, groups=2)
+        assert dtypes.seen == [torch.bfloat16, torch.bfloat16, reached]
 
 
 def test_autocast_leaves_float64_alone_and_trains() -> None:
