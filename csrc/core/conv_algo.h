@@ -16,37 +16,48 @@ using Refusal = const char*;  // nullptr: accepted; else the user reads this
 struct Device {
   bool present;
   int index;
+  int threads;  // CPU threads to use; unused on a GPU
 };
+
+// Calls f(0) ... f(n - 1), each once, on up to as many CPU threads as there are, and waits for them.
+using ParallelFor = std::function<void(int64_t n, const std::function<void(int64_t)>& f)>;
 
 struct ConvArgs {
   const void* x;
   const void* weight;  // OIHW
+  const void* packed;  // what the row's pack wrote; nullptr where packed_bytes is 0
   const void* bias;    // [K] or nullptr; the dtype of x
   void* y;
   void* workspace;  // as many bytes as the row asked for, uninitialised
   void* stream;     // cudaStream_t; unused on a CPU
-  int threads;      // CPU threads to use; unused on a GPU
-  // Calls f(0) ... f(n - 1), each once, on up to `threads` CPU threads, and waits for them.
-  std::function<void(int64_t n, const std::function<void(int64_t)>& f)> parallel_for;
+  int threads;      // as in Device
+  ParallelFor parallel_for;
 };
 
 struct ConvAlgo {
   const char* name;
   // Why this row cannot run the problem.
   Refusal (*refuse)(const ConvProblem&, const Device&);
-  // Whether "auto" should take this row where it can run. Rows are asked in order of preference.
-  bool (*prefer)(const ConvProblem&);
+  // The predicted time in seconds; "auto" takes the row that is fastest. `packed`: the weights are packed already.
+  double (*cost)(const ConvProblem&, const Device&, bool packed);
+  // The size of the weights in this row's own order, 0 where it reads them as they are. The same for every N, H, W.
+  int64_t (*packed_bytes)(const ConvProblem&);
+  void (*pack)(const ConvProblem&, const void* weight, void* packed, const ParallelFor&);
   // Bytes of workspace that launch needs with so many threads.
   int64_t (*workspace)(const ConvProblem&, int threads);
   // Throws std::runtime_error if the launch fails.
   void (*launch)(const ConvProblem&, const ConvArgs&);
 };
 
+inline int64_t no_bytes(const ConvProblem&) { return 0; }
+inline void no_pack(const ConvProblem&, const void*, void*, const ParallelFor&) {}
 inline int64_t no_workspace(const ConvProblem&, int) { return 0; }
 
 struct AlgoTable {
   const ConvAlgo* const* rows;
   int size;
+  // The predicted time of F.conv2d, the caller's last resort.
+  double (*aten_cost)(const ConvProblem&, const Device&);
 
   const ConvAlgo* find(const char* name) const {
     for (int i = 0; i < size; ++i) {
@@ -55,12 +66,20 @@ struct AlgoTable {
     return nullptr;
   }
 
-  // What "auto" runs; nullptr: no row, the caller takes its last resort.
-  const ConvAlgo* select(const ConvProblem& prob, const Device& device) const {
+  // What "auto" runs; nullptr: no row, the caller takes its last resort. `packed`: weights will be packed once, so that
+  // packing costs nothing; rows whose packed weights take more than `max_packed_bytes` are passed over.
+  const ConvAlgo* select(const ConvProblem& prob, const Device& device, bool packed, int64_t max_packed_bytes) const {
+    const ConvAlgo* best = nullptr;
+    double least = size > 0 ? aten_cost(prob, device) : 0;
     for (int i = 0; i < size; ++i) {
-      if (rows[i]->prefer(prob) && rows[i]->refuse(prob, device) == nullptr) return rows[i];
+      if (rows[i]->refuse(prob, device) != nullptr || rows[i]->packed_bytes(prob) > max_packed_bytes) continue;
+      const double cost = rows[i]->cost(prob, device, packed);
+      if (cost < least) {
+        least = cost;
+        best = rows[i];
+      }
     }
-    return nullptr;
+    return best;
   }
 };
 
