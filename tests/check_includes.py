@@ -18,7 +18,7 @@ CSRC = {
     "ops": (("core", "cpu", "cuda", "ops", "build_info.h"), r"cuda"),
 }
 #: What ops/ may see of the kernels: the tables and entry points, never a kernel.
-OPS_SEES = {"cpu/algos.h", "cpu/fuse_weights.h", "cuda/algos.h"}
+OPS_SEES = {"cpu/algos.h", "cpu/chain.h", "cpu/fuse_weights.h", "cuda/algos.h"}
 
 #: Layers of the Python package, lowest first. A module imports from lower layers or its own.
 LAYERS = [
