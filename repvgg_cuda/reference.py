@@ -31,7 +31,7 @@ def check_weight_shape(weight: Tensor, where: str) -> None:
 
 
 def check_geometry(size: Sequence[int], weight: Tensor, stride: int, groups: int, where: str, what: str = "x") -> None:
-    """Raises RuntimeError unless a layer with ``weight`` can read ``what``, which is of ``size`` ``[N, C_in, H, W]``."""
+    """Raises RuntimeError unless a layer with ``weight`` can read ``what``, of ``size`` ``[N, C_in, H, W]``."""
     _, in_channels, height, width = size
     require(stride in (1, 2), f"{where}: stride must be 1 or 2, got {stride}; use F.conv2d for other strides")
     require(groups >= 1, f"{where}: groups must be at least 1, got {groups}")

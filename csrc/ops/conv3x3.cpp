@@ -100,11 +100,12 @@ Tensor conv3x3_chain(const Tensor& x, const std::vector<Tensor>& weights, const 
   std::vector<Layer> layers;
   for (size_t i = 0; i < n; ++i) {
     const Where where{"conv3x3_chain", static_cast<int64_t>(i)};
-    const std::optional<Tensor> bias = given(biases[i]);
+    const std::optional<Tensor> bias = given(biases[i]), pack = given(packed[i]);
+    const Activation activation = chain_activation(where, activations[i]);
     ConvProblem prob = i == 0 ? make_problem(where, x, weights[i], bias, strides[i], groups[i])
                               : next_problem(where, layers.back().prob, x, weights[i], bias, strides[i], groups[i]);
-    prob.activation = chain_activation(where, activations[i]);
-    layers.push_back(choose_layer(where, prob, weights[i], given(packed[i]), algorithm));
+    prob.activation = activation;
+    layers.push_back(choose_layer(where, prob, weights[i], pack, pack ? "auto" : algorithm));
   }
   if (x.size(0) == 0) return empty_output(layers.back().prob, x);
 
