@@ -83,8 +83,8 @@ def _conv3x3_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) ->
 def _conv3x3_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Differentiable itself, so double backward works. Packed weights are a copy: their gradient is the weight's."""
     x, weight, y = ctx.saved_tensors
-    geometry = (ctx.stride, ctx.groups)
-    gradients = _layer_gradients(grad, x, weight, y, *geometry, ctx.bias_dtype, ctx.needs_input_grad[:3])
+    needed = (*ctx.needs_input_grad, False)[:3]  # arguments at their defaults are not among the inputs
+    gradients = _layer_gradients(grad, x, weight, y, ctx.stride, ctx.groups, ctx.bias_dtype, needed)
     return *gradients, None, None, None, None, None
 
 
@@ -143,7 +143,8 @@ def _chain_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         )
         if not need_below:
             break
-    return running, grad_weights, grad_biases, [None] * n, None, None, None, None
+    gradients = (running, grad_weights, grad_biases, [None] * n, None, None, None, None)
+    return gradients[: len(ctx.needs_input_grad)]  # arguments at their defaults are not among the inputs
 
 
 def _fuse_weights_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
