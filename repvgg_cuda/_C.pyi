@@ -34,6 +34,21 @@ def refusal(
 ) -> str | None:
     """Why a row refuses a problem; None if it accepts. ``device_index`` -1: no device at hand."""
 
+def explain(
+    prepared: bool,
+    low_memory: bool,
+    device_type: str,
+    device_index: int,
+    x_shape: Sequence[int],
+    out_channels: int,
+    stride: int,
+    groups: int,
+    dtype: str,
+    channels_last: bool,
+    activation: str,
+) -> list[tuple[str, str | None, float | None, int, bool]]:
+    """Every row and ``"aten"``: name, refusal, predicted seconds, bytes of packed weights, whether "auto" takes it."""
+
 def build_info() -> str:
     """How this module was built, as JSON."""
 

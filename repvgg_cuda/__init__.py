@@ -7,23 +7,27 @@ from repvgg_cuda.branches import BatchNorm, Branch, Branches
 from repvgg_cuda.convert import reparameterize
 from repvgg_cuda.models import create_model, model_names
 from repvgg_cuda.modules import RepConv3x3, RepVGGBlock
-from repvgg_cuda.ops import algorithms, conv3x3, fuse_weights, refusal
+from repvgg_cuda.ops import ChainLayer, algorithms, conv3x3, conv3x3_chain, explain, fuse_weights, prepack, refusal
 from repvgg_cuda.verification import verify
 
 __all__ = [
     "BatchNorm",
     "Branch",
     "Branches",
+    "ChainLayer",
     "RepConv3x3",
     "RepVGGBlock",
     "__version__",
     "algorithms",
     "build_info",
     "conv3x3",
+    "conv3x3_chain",
     "create_model",
+    "explain",
     "fuse_weights",
     "has_cuda_kernels",
     "model_names",
+    "prepack",
     "refusal",
     "reparameterize",
     "verify",

@@ -3,17 +3,24 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from repvgg_cuda import _ext, _registration, reference
 from repvgg_cuda.branches import Branches, require
+from repvgg_cuda.explanation import Explanation, explain_rows, layer_text
 
 Activation = Literal["identity", "relu"]
+Memory = Literal["fast", "low"]
 
 assert _registration.NAMESPACE == "repvgg_cuda"  # importing _registration is what makes torch.ops.repvgg_cuda complete
+
+# The overloads themselves: to look one up in every call takes longer than to call it.
+_conv3x3 = torch.ops.repvgg_cuda.conv3x3.default
+_conv3x3_chain = torch.ops.repvgg_cuda.conv3x3_chain.default
 
 
 def conv3x3(
@@ -25,6 +32,7 @@ def conv3x3(
     groups: int = 1,
     activation: Activation = "identity",
     algorithm: str = "auto",
+    packed: Tensor | None = None,
 ) -> Tensor:
     """3x3 convolution with bias and activation: ``act(F.conv2d(x, weight, bias, stride, padding=1, groups=groups))``.
 
@@ -36,6 +44,8 @@ def conv3x3(
         groups: divides ``C_in`` and ``C_out``.
         activation: ``"identity"`` or ``"relu"``.
         algorithm: ``"auto"``, or a name from :func:`algorithms`. A named one runs or raises; it is never swapped.
+        packed: what :func:`prepack` made of ``weight``, None: an algorithm that packs weights does so in every call.
+            The algorithm is then the one it was packed for, whatever the size of ``x``.
     Returns:
         ``[N, C_out, P, Q]`` with ``P = (H - 1) // stride + 1`` (Q likewise); dtype of ``x``; channels_last if ``x`` is
         dense channels_last, else contiguous.
@@ -50,7 +60,90 @@ def conv3x3(
     _require_strided("conv3x3: weight", weight)
     if bias is not None:
         _require_strided("conv3x3: bias", bias)
-    y: Tensor = torch.ops.repvgg_cuda.conv3x3(x, weight, bias, stride, groups, activation, algorithm)
+    if packed is not None:
+        _require_strided("conv3x3: packed", packed)
+    y: Tensor = _conv3x3(x, weight, bias, stride, groups, activation, algorithm, packed)
+    return y
+
+
+def prepack(
+    weight: Tensor,
+    input_size: Sequence[int],
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    algorithm: str = "auto",
+    memory: Memory = "fast",
+) -> Tensor:
+    """Transforms and packs weights once, for ``conv3x3(..., packed=...)``. Not differentiable.
+
+    Args:
+        weight: ``[C_out, C_in / groups, 3, 3]``, as for :func:`conv3x3`.
+        input_size: ``[N, C_in, H, W]`` of the inputs to come; the choice of ``"auto"`` is made for it. The result
+            works for every other N, H and W too.
+        stride, groups: as for :func:`conv3x3`.
+        algorithm: ``"auto"`` takes the one predicted to be fastest; or a name from :func:`algorithms`.
+        memory: ``"low"`` passes over algorithms whose packed weights are larger than ``weight``.
+    Returns:
+        1-D uint8, on the CPU: a header of 128 bytes that names the algorithm, and the packed weights (none for
+        algorithms that read weights as they are, and none on a GPU). It is for this version, and for the instruction
+        set it was made on: on a machine with another one the algorithm stays and weights are packed in every call.
+    Raises:
+        RuntimeError: arguments disagree, or the named ``algorithm`` refuses them; the message says which and why.
+    Note:
+        A large result is aligned to huge pages, which ``clone()`` and saving do not keep. Using it after ``weight``
+        has changed raises, as far as 16 samples of the weight show it.
+    """
+    _require_strided("prepack: weight", weight)
+    packed: Tensor = torch.ops.repvgg_cuda.prepack(weight, list(input_size), stride, groups, algorithm, memory)
+    return packed
+
+
+class ChainLayer(NamedTuple):
+    """One layer of :func:`conv3x3_chain`: the arguments of :func:`conv3x3` but for ``x`` and ``algorithm``."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: int = 1
+    groups: int = 1
+    activation: Activation = "identity"
+    packed: Tensor | None = None
+
+
+def conv3x3_chain(x: Tensor, layers: Sequence[ChainLayer], *, algorithm: str = "auto") -> Tensor:
+    """Consecutive layers in one call: ``for layer in layers: x = conv3x3(x, *layer)``, without what lies in between.
+
+    On a CPU neighbouring layers whose algorithms share the inner layout keep it between them, so that layout
+    conversion is left at the ends. The numbers are bit for bit those of :func:`conv3x3` with the same algorithms.
+
+    Args:
+        x: ``[N, C_in, H, W]``, as for :func:`conv3x3`.
+        layers: at least one; each reads what the one before it wrote.
+        algorithm: for the layers that are not packed.
+    Returns:
+        The output of the last layer; channels_last if ``x`` is dense channels_last, else contiguous.
+    Raises:
+        RuntimeError: as :func:`conv3x3`; the message says which layer.
+    Note:
+        Differentiable, twice; the backward pass computes the activations between the layers again. Autocast and vmap
+        as for :func:`conv3x3`.
+    """
+    _require_strided("conv3x3_chain: x", x)
+    none = torch.empty(0, dtype=x.dtype, device=x.device)
+    weights, biases, packed = [], [], []
+    for i, (weight, bias, _, _, activation, pack) in enumerate(layers):
+        for name, tensor in (("weight", weight), ("bias", bias), ("packed", pack)):
+            if not _is_strided(tensor) and (tensor is not None or name == "weight"):
+                _require_strided(f"conv3x3_chain: layer {i}: {name}", tensor)
+        if activation not in reference.ACTIVATION_CODES:
+            names = ", ".join(reference.ACTIVATIONS)
+            raise RuntimeError(f"conv3x3_chain: layer {i}: activation must be one of {names}, got '{activation}'")
+        weights.append(weight)
+        biases.append(none if bias is None else bias)
+        packed.append(none if pack is None else pack)
+    strides, groups = [layer.stride for layer in layers], [layer.groups for layer in layers]
+    activations = [reference.ACTIVATION_CODES[layer.activation] for layer in layers]
+    y: Tensor = _conv3x3_chain(x, weights, biases, packed, strides, groups, activations, algorithm)
     return y
 
 
@@ -127,7 +220,47 @@ def refusal(
     return reason
 
 
-def _require_strided(what: str, tensor: Tensor) -> None:
+def explain(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    activation: Activation = "identity",
+    prepared: bool = False,
+    memory: Memory = "fast",
+) -> Explanation:
+    """Which algorithm ``conv3x3(algorithm="auto")`` runs on these arguments, and why not the others.
+
+    Args:
+        x, weight, stride, groups, activation: as for :func:`conv3x3`; only shapes, dtype, device and layout are read.
+        prepared: as if ``weight`` were packed already, which is what :func:`prepack` asks.
+        memory: as for :func:`prepack`.
+    Returns:
+        Per algorithm its refusal or its predicted time and the size of its packed weights. Print it.
+    Raises:
+        RuntimeError: the arguments disagree.
+    """
+    reference.check_conv3x3(x, weight, None, stride, groups, activation, "auto")
+    candidates = explain_rows(
+        weight,
+        tuple(x.shape),
+        stride,
+        groups,
+        prepared=prepared,
+        memory=memory,
+        channels_last=reference.output_format(x) == torch.channels_last,
+        activation=activation,
+    )
+    text = layer_text(tuple(x.shape), weight, stride, groups)
+    return Explanation(text, candidates, weight.numel() * weight.element_size(), prepared, memory)
+
+
+def _is_strided(tensor: object) -> bool:
+    return isinstance(tensor, Tensor) and tensor.layout is torch.strided
+
+
+def _require_strided(what: str, tensor: object) -> None:
     # The dispatcher answers other types and layouts with a page about overloads or backends; say it in a line before.
     # On the path of every call: no message is built unless it is needed.
     if not isinstance(tensor, Tensor):

@@ -18,12 +18,12 @@ CSRC = {
     "ops": (("core", "cpu", "cuda", "ops", "build_info.h"), r"cuda"),
 }
 #: What ops/ may see of the kernels: the tables and entry points, never a kernel.
-OPS_SEES = {"cpu/algos.h", "cpu/fuse_weights.h", "cuda/algos.h"}
+OPS_SEES = {"cpu/algos.h", "cpu/chain.h", "cpu/fuse_weights.h", "cuda/algos.h"}
 
 #: Layers of the Python package, lowest first. A module imports from lower layers or its own.
 LAYERS = [
-    {"_version", "branches", "_ext"},
-    {"reference", "_registration", "structure"},
+    {"_version", "branches", "packed", "_ext"},
+    {"reference", "explanation", "_registration", "structure"},
     {"ops", "testing"},
     {"modules", "timing", "environment"},
     {"models", "convert"},

@@ -80,6 +80,12 @@ def test_gradients_go_only_where_they_are_asked_for() -> None:
     assert weight.grad is not None
 
 
+def test_gradients_where_every_other_argument_is_left_at_its_default() -> None:
+    """The dispatcher then passes x and weight alone to the backward formula."""
+    x, weight, _ = testing.Case("no-bias", 1, 4, 5, 6, 6).tensors(torch.float64)
+    assert torch.autograd.gradcheck(repvgg_cuda.conv3x3, (x.requires_grad_(), weight.requires_grad_()))
+
+
 def test_gradient_of_a_float32_bias_beside_half() -> None:
     x, weight, bias = conv_sample(torch.bfloat16)
     bias = bias.float().requires_grad_()

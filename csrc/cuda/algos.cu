@@ -2,13 +2,24 @@
 // The CUDA table: the rows in order of preference.
 #include "cuda/algos.h"
 
+#include <algorithm>
+
 namespace repvgg::cuda {
 
 extern const ConvAlgo kConv3x3Direct;
 
+double aten_cost(const ConvProblem& prob, const Device&) {
+  constexpr double kLaunch = 4e-6, kBytesPerSecond = 1e12, kFlopsPerSecond = 2e13;
+  const auto outputs = static_cast<double>(prob.N * prob.K * prob.P() * prob.Q());
+  const auto inputs = static_cast<double>(prob.N * prob.C * prob.H * prob.W);
+  const auto weights = static_cast<double>(prob.K * prob.group_C() * 9);
+  const double bytes = sizeof(float) * (inputs + outputs + weights);  // float32: the rows refuse the rest
+  return kLaunch + std::max(bytes / kBytesPerSecond, 18 * outputs * static_cast<double>(prob.group_C()) / kFlopsPerSecond);
+}
+
 AlgoTable algos() {
   static const ConvAlgo* const rows[] = {&kConv3x3Direct};
-  return {rows, static_cast<int>(sizeof rows / sizeof *rows)};
+  return {rows, static_cast<int>(sizeof rows / sizeof *rows), aten_cost};
 }
 
 }  // namespace repvgg::cuda

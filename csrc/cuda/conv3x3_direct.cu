@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "core/conv_algo.h"
+#include "cuda/algos.h"
 #include "cuda/conv3x3_direct.cuh"
 
 namespace repvgg::cuda {
@@ -44,7 +45,9 @@ Refusal refuse(const ConvProblem& prob, const Device& device) {
 
 // Unmeasured: by the byte and FLOP floors a direct kernel can win where few channels are summed, so that launches and
 // memory traffic rule; where sums are long cuDNN has Winograd kernels.
-bool prefer(const ConvProblem& prob) { return prob.group_C() <= 32; }
+double cost(const ConvProblem& prob, const Device& device, bool) {
+  return aten_cost(prob, device) * (prob.group_C() <= 32 ? 0.9 : 1.1);
+}
 
 void launch(const ConvProblem& prob, const ConvArgs& args) {
   with_traits(prob, [&](auto traits) {
@@ -58,6 +61,6 @@ void launch(const ConvProblem& prob, const ConvArgs& args) {
 
 }  // namespace
 
-extern const ConvAlgo kConv3x3Direct = {"direct", refuse, prefer, no_workspace, launch};
+extern const ConvAlgo kConv3x3Direct = {"direct", refuse, cost, no_bytes, no_pack, no_workspace, launch};
 
 }  // namespace repvgg::cuda

@@ -3,113 +3,123 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
-#include <array>
-
-#include "cpu/algos.h"
-#ifdef RVG_WITH_CUDA
-#include "cuda/algos.h"
-#endif
+#include "cpu/chain.h"
+#include "ops/layer.h"
+#include "ops/scratch.h"
 
 namespace repvgg::ops {
 namespace {
 
-using torch::headeronly::MemoryFormat;
-using torch::stable::detail::from;
-using torch::stable::detail::to;
+using Guard = std::optional<torch::stable::accelerator::DeviceGuard>;
 
-MemoryFormat memory_format(const ConvProblem& prob) {
-  return prob.layout == Layout::kNHWC ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous;
+void enter(Guard& guard, const Tensor& x) {
+  if (x.is_cuda()) guard.emplace(x.get_device_index());
 }
 
-// The last resort: F.conv2d, then the activation in place.
-Tensor aten_conv3x3(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const ConvProblem& prob) {
-  const bool convert_bias = bias && bias->scalar_type() != x.scalar_type();
-  const StableIValue aten_bias =
-      convert_bias ? from(std::optional<Tensor>(torch::stable::to(*bias, x.scalar_type()))) : from(bias);
-  const std::vector<int64_t> stride(2, prob.stride), ones(2, 1);
-  std::array<StableIValue, 7> stack{
-      from(x), from(weight), aten_bias, from(stride), from(ones), from(ones), from(static_cast<int64_t>(prob.groups))};
-  call_aten("aten::conv2d", "", stack.data());
-  Tensor y = to<Tensor>(stack[0]);
-  if (is_channels_last(y) != (prob.layout == Layout::kNHWC)) y = torch::stable::contiguous(y, memory_format(prob));
-  if (prob.activation == Activation::kRelu) {
-    StableIValue self = from(y);
-    call_aten("aten::relu_", "", &self);
-    to<Tensor>(self);  // takes the returned reference over
+// A chain's argument for one layer, where an empty tensor says "none".
+std::optional<Tensor> given(const Tensor& tensor) {
+  return tensor.numel() == 0 ? std::nullopt : std::optional<Tensor>(tensor);
+}
+
+void check_lengths(size_t layers, const std::vector<std::pair<const char*, size_t>>& lists) {
+  check(layers > 0, "conv3x3_chain: weights must hold at least one layer, got none");
+  for (const auto& [name, size] : lists) {
+    check(size == layers, "conv3x3_chain: ", name, " must have one entry per layer (", layers, "), got ", size);
   }
+}
+
+Activation chain_activation(const Where& where, int64_t code) {
+  if (code != 0 && code != 1) fail(where, "activation must be 0 (identity) or 1 (relu), got ", code);
+  return code == 1 ? Activation::kRelu : Activation::kIdentity;
+}
+
+// How many layers from `begin` on run as one, in the inner layout: 0 or 1 where there is nothing to join.
+int joined(const std::vector<Layer>& layers, size_t begin) {
+  std::vector<cpu::ChainLayer> candidates;
+  for (size_t i = begin; i < layers.size() && layers[i].algo != nullptr; ++i) {
+    candidates.push_back({layers[i].prob, layers[i].algo, layers[i].payload, nullptr});
+  }
+  return candidates.empty() ? 0 : cpu::chain_length(candidates.data(), static_cast<int>(candidates.size()));
+}
+
+// Runs layers [begin, begin + n) as one. Weights that are not packed are packed into the workspace, for this call.
+Tensor run_joined(const std::vector<Layer>& layers, size_t begin, size_t n, const Tensor& x,
+                  const std::vector<Tensor>& weights, const std::vector<Tensor>& biases) {
+  std::vector<cpu::ChainLayer> run;
+  std::vector<Tensor> bias_dense;
+  int64_t pack_bytes = 0;
+  for (size_t i = begin; i < begin + n; ++i) {
+    bias_dense.push_back(dense(biases[i]));
+    const auto* bias = biases[i].numel() == 0 ? nullptr : static_cast<const float*>(bias_dense.back().const_data_ptr());
+    run.push_back({layers[i].prob, layers[i].algo, layers[i].payload, bias});
+    pack_bytes += round_up(layers[i].bytes_to_pack(), kCacheLine);
+  }
+  const int count = static_cast<int>(n), threads = device_of(x).threads;
+  const Layout layout = layers[begin].prob.layout;
+  const Scratch scratch(pack_bytes + cpu::chain_workspace(run.data(), count, threads));
+  char* packed = scratch.data();
+  for (size_t i = 0; i < n; ++i) {
+    const int64_t bytes = layers[begin + i].bytes_to_pack();
+    if (bytes == 0) continue;
+    run[i].algo->pack(run[i].prob, dense(weights[begin + i]).const_data_ptr(), packed, parallel_for);
+    run[i].packed = packed;
+    packed += round_up(bytes, kCacheLine);
+  }
+  const Tensor x_dense = dense(x, layout);
+  Tensor y = empty_output(layers[begin + n - 1].prob, x);
+  cpu::run_chain(run.data(), count,
+                 {static_cast<const float*>(x_dense.const_data_ptr()), static_cast<float*>(y.mutable_data_ptr()),
+                  layout, layout, scratch.data() + pack_bytes, threads, parallel_for});
   return y;
-}
-
-std::string available(const AlgoTable& table) {
-  std::string names;
-  for (int i = 0; i < table.size; ++i) names += std::string(table.rows[i]->name) + ", ";
-  return names + "aten";
-}
-
-// nullptr: aten.
-const ConvAlgo* choose(const AlgoTable& table, const ConvProblem& prob, const Device& device,
-                       const std::string& algorithm, const std::string& device_type) {
-  if (algorithm == "auto") return table.select(prob, device);
-  if (algorithm == "aten") return nullptr;
-  const ConvAlgo* algo = table.find(algorithm.c_str());
-  check(algo != nullptr, "conv3x3: algorithm '", algorithm, "' is not available on ", device_type,
-        "; available: ", available(table));
-  const Refusal why = algo->refuse(prob, device);
-  check(why == nullptr, "conv3x3: algorithm '", algorithm, "' cannot run this: ", why ? why : "",
-        "; use algorithm='auto'");
-  return algo;
-}
-
-// Asks before calling: a call into torch costs more than a small layer's share of the work.
-Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
-
-void parallel_for(int64_t n, const std::function<void(int64_t)>& f) {
-  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i);
-  });
 }
 
 }  // namespace
 
-AlgoTable algos_for(const std::string& device_type) {
-  if (device_type == "cpu") return cpu::algos();
-#ifdef RVG_WITH_CUDA
-  if (device_type == "cuda") return cuda::algos();
-#endif
-  return {nullptr, 0};
+Tensor conv3x3(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t stride, int64_t groups,
+               const std::string& activation, const std::string& algorithm, const std::optional<Tensor>& packed) {
+  const Where where{"conv3x3"};
+  ConvProblem prob = make_problem(where, x, weight, bias, stride, groups);
+  prob.activation = parse_activation(activation);
+  Guard guard;
+  enter(guard, x);
+  return run_layer(choose_layer(where, prob, weight, packed, algorithm), x, weight, bias);
 }
 
-Tensor conv3x3(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t stride, int64_t groups,
-               const std::string& activation, const std::string& algorithm) {
-  const ConvProblem prob = make_problem(x, weight, bias, stride, groups, activation);
-  check(!algorithm.empty(), "conv3x3: algorithm must be 'auto' or a name from repvgg_cuda.algorithms(), got ''");
-  std::optional<torch::stable::accelerator::DeviceGuard> guard;
-  if (x.is_cuda()) guard.emplace(x.get_device_index());
-  const std::string device_type = x.is_cuda() ? "cuda" : "cpu";
-  const Device device{true, x.get_device_index()};
-
-  const ConvAlgo* algo = choose(algos_for(device_type), prob, device, algorithm, device_type);
-  if (algo == nullptr) return aten_conv3x3(x, weight, bias, prob);
-
-  const std::array<int64_t, 4> size{prob.N, prob.K, prob.P(), prob.Q()};
-  Tensor y = torch::stable::empty({size.data(), size.size()}, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
-                                  memory_format(prob));
-  if (prob.N == 0) return y;
-  // The contiguous copies live until the launch is queued; torch's allocator orders their memory on the same stream.
-  const Tensor x_dense = prob.layout == Layout::kNHWC ? x : dense(x);  // kNHWC says that x is dense
-  const Tensor weight_dense = dense(weight);
-  std::optional<Tensor> bias_dense;
-  if (bias) bias_dense = dense(*bias);
-  const int threads = x.is_cuda() ? 1 : static_cast<int>(torch::stable::get_num_threads());
-  const int64_t workspace_bytes = algo->workspace(prob, threads);
-  std::optional<Tensor> workspace;
-  if (workspace_bytes > 0) {
-    workspace = torch::stable::empty({&workspace_bytes, 1}, ScalarType::Byte, std::nullopt, x.device());
+Tensor conv3x3_chain(const Tensor& x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases,
+                     const std::vector<Tensor>& packed, const std::vector<int64_t>& strides,
+                     const std::vector<int64_t>& groups, const std::vector<int64_t>& activations,
+                     const std::string& algorithm) {
+  const size_t n = weights.size();
+  check_lengths(n, {{"biases", biases.size()},
+                    {"packed", packed.size()},
+                    {"strides", strides.size()},
+                    {"groups", groups.size()},
+                    {"activations", activations.size()}});
+  Guard guard;
+  enter(guard, x);
+  std::vector<Layer> layers;
+  for (size_t i = 0; i < n; ++i) {
+    const Where where{"conv3x3_chain", static_cast<int64_t>(i)};
+    const std::optional<Tensor> bias = given(biases[i]), pack = given(packed[i]);
+    const Activation activation = chain_activation(where, activations[i]);
+    ConvProblem prob = i == 0 ? make_problem(where, x, weights[i], bias, strides[i], groups[i])
+                              : next_problem(where, layers.back().prob, x, weights[i], bias, strides[i], groups[i]);
+    prob.activation = activation;
+    layers.push_back(choose_layer(where, prob, weights[i], pack, pack ? "auto" : algorithm));
   }
-  algo->launch(prob, {x_dense.const_data_ptr(), weight_dense.const_data_ptr(),
-                      bias_dense ? bias_dense->const_data_ptr() : nullptr, y.mutable_data_ptr(),
-                      workspace ? workspace->mutable_data_ptr() : nullptr,
-                      x.is_cuda() ? current_stream(device.index) : nullptr, threads, parallel_for});
+  if (x.size(0) == 0) return empty_output(layers.back().prob, x);
+
+  Tensor y = x;
+  for (size_t i = 0; i < n;) {
+    const int join = x.is_cuda() ? 0 : joined(layers, i);
+    if (join > 1) {
+      y = run_joined(layers, i, static_cast<size_t>(join), y, weights, biases);
+      i += static_cast<size_t>(join);
+    } else {
+      y = run_layer(layers[i], y, weights[i], given(biases[i]));
+      ++i;
+    }
+  }
   return y;
 }
 

@@ -5,11 +5,18 @@
 
 #include "ops/conv3x3.h"
 #include "ops/fuse_weights.h"
+#include "ops/packed.h"
 
 STABLE_TORCH_LIBRARY(repvgg_cuda, m) {
   m.def(
       "conv3x3(Tensor x, Tensor weight, Tensor? bias=None, int stride=1, int groups=1, str activation=\"identity\", "
-      "str algorithm=\"auto\") -> Tensor");
+      "str algorithm=\"auto\", Tensor? packed=None) -> Tensor");
+  m.def(
+      "prepack(Tensor weight, int[] input_size, int stride=1, int groups=1, str algorithm=\"auto\", "
+      "str memory=\"fast\") -> Tensor");
+  m.def(
+      "conv3x3_chain(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] packed, int[] strides, int[] groups, "
+      "int[] activations, str algorithm=\"auto\") -> Tensor");
   m.def(
       "fuse_weights(Tensor[] tensors, float[] bn_eps, int in_channels, int out_channels, int groups, ScalarType? "
       "dtype, "
@@ -18,11 +25,15 @@ STABLE_TORCH_LIBRARY(repvgg_cuda, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(repvgg_cuda, CPU, m) {
   m.impl("conv3x3", TORCH_BOX(&repvgg::ops::conv3x3));
+  m.impl("prepack", TORCH_BOX(&repvgg::ops::prepack));
+  m.impl("conv3x3_chain", TORCH_BOX(&repvgg::ops::conv3x3_chain));
   m.impl("fuse_weights", TORCH_BOX(&repvgg::ops::fuse_weights));
 }
 
 // Without CUDA kernels in the build the CUDA key still runs F.conv2d, and refuses the rest with a remedy.
 STABLE_TORCH_LIBRARY_IMPL(repvgg_cuda, CUDA, m) {
   m.impl("conv3x3", TORCH_BOX(&repvgg::ops::conv3x3));
+  m.impl("prepack", TORCH_BOX(&repvgg::ops::prepack));
+  m.impl("conv3x3_chain", TORCH_BOX(&repvgg::ops::conv3x3_chain));
   m.impl("fuse_weights", TORCH_BOX(&repvgg::ops::fuse_weights));
 }

@@ -4,13 +4,16 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <limits>
 #include <map>
+#include <tuple>
 
 #include "build_info.h"
 #include "cpu/algos.h"
 #include "ops/conv3x3.h"
 #include "ops/dlpack.h"
 #include "ops/fuse_weights.h"
+#include "ops/layer.h"
 
 namespace py = pybind11;
 using torch::stable::Tensor;
@@ -24,16 +27,21 @@ std::vector<std::string> algorithms(const std::string& device_type) {
   return names;
 }
 
-std::optional<std::string> refusal(const std::string& algorithm, const std::string& device_type, int device_index,
-                                   const std::array<int64_t, 4>& x_shape, int64_t out_channels, int stride, int groups,
-                                   const std::string& dtype, bool channels_last, const std::string& activation) {
+// A problem as Python describes it, and where it would run. device_index -1: no device at hand.
+struct Query {
+  repvgg::ConvProblem prob;
+  repvgg::Device device;
+  repvgg::AlgoTable table;
+};
+
+Query make_query(const std::string& device_type, int device_index, const std::array<int64_t, 4>& x_shape,
+                 int64_t out_channels, int stride, int groups, const std::string& dtype, bool channels_last,
+                 const std::string& activation) {
   using repvgg::DType;
   static const std::map<std::string, DType> dtypes = {{"float64", DType::kFloat64},
                                                       {"float32", DType::kFloat32},
                                                       {"float16", DType::kFloat16},
                                                       {"bfloat16", DType::kBFloat16}};
-  const repvgg::ConvAlgo* algo = repvgg::ops::algos_for(device_type).find(algorithm.c_str());
-  if (algo == nullptr) throw std::runtime_error("no algorithm '" + algorithm + "' on " + device_type);
   const repvgg::ConvProblem prob = {x_shape[0],
                                     x_shape[1],
                                     x_shape[2],
@@ -44,9 +52,42 @@ std::optional<std::string> refusal(const std::string& algorithm, const std::stri
                                     dtypes.at(dtype),
                                     channels_last ? repvgg::Layout::kNHWC : repvgg::Layout::kNCHW,
                                     repvgg::ops::parse_activation(activation)};
-  const repvgg::Refusal why = algo->refuse(prob, {device_index >= 0, device_index});
-  if (why == nullptr) return std::nullopt;
-  return std::string(why);
+  const int threads = device_type == "cpu" ? static_cast<int>(torch::stable::get_num_threads()) : 1;
+  return {prob, {device_index >= 0, device_index, threads}, repvgg::ops::algos_for(device_type)};
+}
+
+std::optional<std::string> text(repvgg::Refusal why) {
+  return why == nullptr ? std::nullopt : std::optional<std::string>(why);
+}
+
+template <class... Args>
+std::optional<std::string> refusal(const std::string& algorithm, const std::string& device_type, Args... args) {
+  const Query query = make_query(device_type, args...);
+  const repvgg::ConvAlgo* algo = query.table.find(algorithm.c_str());
+  if (algo == nullptr) throw std::runtime_error("no algorithm '" + algorithm + "' on " + device_type);
+  return text(algo->refuse(query.prob, query.device));
+}
+
+// Name, refusal, predicted seconds, bytes of packed weights, whether "auto" takes it.
+using Row = std::tuple<std::string, std::optional<std::string>, std::optional<double>, int64_t, bool>;
+
+template <class... Args>
+std::vector<Row> explain(bool prepared, bool low_memory, const std::string& device_type, Args... args) {
+  const auto [prob, device, table] = make_query(device_type, args...);
+  const int64_t weight_bytes = prob.K * prob.group_C() * 9 * repvgg::ops::element_bytes(prob.dtype);
+  const int64_t max_bytes = low_memory ? weight_bytes : std::numeric_limits<int64_t>::max();
+  const repvgg::ConvAlgo* chosen = table.select(prob, device, prepared, max_bytes);
+  std::vector<Row> rows;
+  for (int i = 0; i < table.size; ++i) {
+    const repvgg::ConvAlgo* algo = table.rows[i];
+    const repvgg::Refusal why = algo->refuse(prob, device);
+    const bool runs = why == nullptr;
+    rows.emplace_back(algo->name, text(why), runs ? std::optional(algo->cost(prob, device, prepared)) : std::nullopt,
+                      runs ? algo->packed_bytes(prob) : 0, algo == chosen);
+  }
+  const auto aten = table.size > 0 ? std::optional(table.aten_cost(prob, device)) : std::nullopt;
+  rows.emplace_back("aten", std::nullopt, aten, 0, chosen == nullptr);
+  return rows;
 }
 
 std::vector<std::string> cpu_targets() {
@@ -75,7 +116,7 @@ py::object conv3x3(const py::object& x, const py::object& weight, const std::opt
   const auto run = [&] {
     const py::gil_scoped_release release;
     return repvgg::ops::conv3x3(borrowed_x.tensor, borrowed_weight.tensor, bias_tensor, stride, groups, activation,
-                                algorithm);
+                                algorithm, std::nullopt);
   };
   return like(x, run());
 }
@@ -110,9 +151,16 @@ py::tuple fuse_weights(const std::vector<std::optional<py::object>>& arrays, con
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of repvgg_cuda. Importing it registers torch.ops.repvgg_cuda.*.";
   m.def("algorithms", &algorithms, py::arg("device_type"), "Names of the rows of a device's table, without 'aten'.");
-  m.def("refusal", &refusal, py::arg("algorithm"), py::arg("device_type"), py::arg("device_index"), py::arg("x_shape"),
+  using Shape = std::array<int64_t, 4>;
+  m.def("refusal", &refusal<int, Shape, int64_t, int, int, std::string, bool, std::string>, py::arg("algorithm"),
+        py::arg("device_type"), py::arg("device_index"), py::arg("x_shape"), py::arg("out_channels"), py::arg("stride"),
+        py::arg("groups"), py::arg("dtype"), py::arg("channels_last"), py::arg("activation"),
+        "Why a row refuses a problem; None if it accepts. device_index -1: no device at hand.");
+  m.def("explain", &explain<int, Shape, int64_t, int, int, std::string, bool, std::string>, py::arg("prepared"),
+        py::arg("low_memory"), py::arg("device_type"), py::arg("device_index"), py::arg("x_shape"),
         py::arg("out_channels"), py::arg("stride"), py::arg("groups"), py::arg("dtype"), py::arg("channels_last"),
-        py::arg("activation"), "Why a row refuses a problem; None if it accepts. device_index -1: no device at hand.");
+        py::arg("activation"),
+        "Every row and 'aten': name, refusal, predicted seconds, bytes of packed weights, whether 'auto' takes it.");
   m.def("build_info", [] { return std::string(RVG_BUILD_INFO); }, "How this module was built, as JSON.");
   m.def("cpu_targets", &cpu_targets, "Instruction sets that the CPU kernels are compiled for and this machine has.");
   m.def("cpu_target", [] { return std::string(repvgg::cpu::target_name()); }, "The one of them that runs.");

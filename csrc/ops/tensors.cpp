@@ -4,6 +4,8 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 
+#include <array>
+
 // Resolved where the running torch has them: the first in CUDA builds, the second from torch 2.13 on.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
@@ -48,69 +50,159 @@ std::optional<DType> float_dtype(ScalarType dtype) {
   }
 }
 
-Activation parse_activation(const std::string& name) {
-  check(name == "identity" || name == "relu", "conv3x3: activation must be one of identity, relu, got '", name, "'");
-  return name == "relu" ? Activation::kRelu : Activation::kIdentity;
+int64_t element_bytes(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64: return 8;
+    case DType::kFloat32: return 4;
+    default: return 2;
+  }
 }
-
-namespace {
 
 bool same_device(const Tensor& a, const Tensor& b) {
   return a.device().type() == b.device().type() && a.get_device_index() == b.get_device_index();
 }
 
-void check_conv_bias(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  const ScalarType dtype = x.scalar_type();
-  check(bias.dim() == 1 && bias.size(0) == weight.size(0), "conv3x3: bias must be [C_out] = [", weight.size(0),
-        "], got ", shape_name(bias));
-  const bool wider =
-      bias.scalar_type() == ScalarType::Float && (dtype == ScalarType::Half || dtype == ScalarType::BFloat16);
-  check(bias.scalar_type() == dtype || wider, "conv3x3: bias must have the dtype of x (", dtype_name(dtype),
-        "), or float32 where x is float16 or bfloat16, got ", dtype_name(bias.scalar_type()),
-        "; convert it with .to()");
-  check(same_device(bias, x), "conv3x3: bias must be on the device of x (", device_name(x), "), got ",
-        device_name(bias), "; move it with .to(x.device)");
+std::ostream& operator<<(std::ostream& out, const Where& where) {
+  out << where.op << ": ";
+  return where.layer < 0 ? out : out << "layer " << where.layer << ": ";
+}
+
+namespace {
+
+std::string size_name(int64_t N, int64_t C, int64_t H, int64_t W) {
+  std::ostringstream out;
+  out << '[' << N << ", " << C << ", " << H << ", " << W << ']';
+  return out.str();
+}
+
+void check_weight_shape(const Where& where, const Tensor& weight) {
+  if (weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3) return;
+  fail(where, "weight must be [C_out, C_in / groups, 3, 3], got ", shape_name(weight),
+       "; use F.conv2d for other kernel sizes");
+}
+
+void check_weight_like(const Where& where, const Tensor& x, const Tensor& weight) {
+  if (weight.scalar_type() != x.scalar_type()) {
+    fail(where, "weight must have the dtype of x (", dtype_name(x.scalar_type()), "), got ",
+         dtype_name(weight.scalar_type()), "; convert one of them with .to()");
+  }
+  if (!same_device(weight, x)) {
+    fail(where, "weight must be on the device of x (", device_name(x), "), got ", device_name(weight),
+         "; move it with .to(x.device)");
+  }
+}
+
+// Everything but types and devices.
+void check_geometry(const Where& where, const ConvProblem& prob, int64_t group_C, int64_t stride, int64_t groups,
+                    const Tensor& weight) {
+  const auto [N, C, H, W] = std::array{prob.N, prob.C, prob.H, prob.W};
+  if (stride != 1 && stride != 2) {
+    fail(where, "stride must be 1 or 2, got ", stride, "; use F.conv2d for other strides");
+  }
+  if (groups < 1) fail(where, "groups must be at least 1, got ", groups);
+  if (C < 1 || C % groups != 0 || prob.K < 1 || prob.K % groups != 0) {
+    fail(where, "groups must divide C_in and C_out, got groups=", groups, ", C_in=", C, ", C_out=", prob.K);
+  }
+  if (group_C != C / groups) {
+    fail(where, where.input, " has C_in=", C, " channels, but weight ", shape_name(weight), " with groups=", groups,
+         " expects ", group_C * groups);
+  }
+  if (H < 1 || W < 1) fail(where, where.input, " must have H >= 1 and W >= 1, got ", size_name(N, C, H, W));
+}
+
+void check_bias(const Where& where, const Tensor& x, const Tensor& weight, const Tensor& bias) {
+  const ScalarType dtype = x.scalar_type(), own = bias.scalar_type();
+  if (bias.dim() != 1 || bias.size(0) != weight.size(0)) {
+    fail(where, "bias must be [C_out] = [", weight.size(0), "], got ", shape_name(bias));
+  }
+  const bool wider = own == ScalarType::Float && (dtype == ScalarType::Half || dtype == ScalarType::BFloat16);
+  if (own != dtype && !wider) {
+    fail(where, "bias must have the dtype of x (", dtype_name(dtype),
+         "), or float32 where x is float16 or bfloat16, got ", dtype_name(own), "; convert it with .to()");
+  }
+  if (!same_device(bias, x)) {
+    fail(where, "bias must be on the device of x (", device_name(x), "), got ", device_name(bias),
+         "; move it with .to(x.device)");
+  }
 }
 
 }  // namespace
 
-ConvProblem make_problem(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t stride,
-                         int64_t groups, const std::string& activation) {
-  check(x.dim() == 4, "conv3x3: x must be [N, C_in, H, W], got ", x.dim(),
-        " dimensions; add a batch dimension with x.unsqueeze(0)");
-  const std::optional<DType> dtype = float_dtype(x.scalar_type());
-  check(dtype.has_value(), "conv3x3: x must be float64, float32, float16 or bfloat16, got ",
-        dtype_name(x.scalar_type()), "; convert it with x.float()");
-  check(weight.dim() == 4 && weight.size(2) == 3 && weight.size(3) == 3,
-        "conv3x3: weight must be [C_out, C_in / groups, 3, 3], got ", shape_name(weight),
-        "; use F.conv2d for other kernel sizes");
-  check(weight.scalar_type() == x.scalar_type(), "conv3x3: weight must have the dtype of x (",
-        dtype_name(x.scalar_type()), "), got ", dtype_name(weight.scalar_type()), "; convert one of them with .to()");
-  check(same_device(weight, x), "conv3x3: weight must be on the device of x (", device_name(x), "), got ",
-        device_name(weight), "; move it with .to(x.device)");
-  check(stride == 1 || stride == 2, "conv3x3: stride must be 1 or 2, got ", stride, "; use F.conv2d for other strides");
-  check(groups >= 1, "conv3x3: groups must be at least 1, got ", groups);
-  const int64_t C = x.size(1), K = weight.size(0);
-  check(C >= 1 && C % groups == 0 && K >= 1 && K % groups == 0,
-        "conv3x3: groups must divide C_in and C_out, got groups=", groups, ", C_in=", C, ", C_out=", K);
-  check(weight.size(1) * groups == C, "conv3x3: x has C_in=", C, " channels, but weight ", shape_name(weight),
-        " with groups=", groups, " expects ", weight.size(1) * groups);
-  check(x.size(2) >= 1 && x.size(3) >= 1, "conv3x3: x must have H >= 1 and W >= 1, got ", shape_name(x));
-  if (bias) check_conv_bias(x, weight, *bias);
-  return {x.size(0),
-          C,
-          x.size(2),
-          x.size(3),
-          K,
-          static_cast<int32_t>(stride),
-          static_cast<int32_t>(groups),
-          *dtype,
-          is_channels_last(x) ? Layout::kNHWC : Layout::kNCHW,
-          parse_activation(activation)};
+Activation parse_activation(const std::string& name) {
+  check(name == "identity" || name == "relu", "conv3x3: activation must be one of identity, relu, got '", name, "'");
+  return name == "relu" ? Activation::kRelu : Activation::kIdentity;
 }
 
-bool is_channels_last(const Tensor& x) {
-  if (x.is_contiguous()) return false;
+ConvProblem make_problem(const Where& where, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                         int64_t stride, int64_t groups) {
+  if (x.dim() != 4) {
+    fail(where, "x must be [N, C_in, H, W], got ", x.dim(), " dimensions; add a batch dimension with x.unsqueeze(0)");
+  }
+  const std::optional<DType> dtype = float_dtype(x.scalar_type());
+  if (!dtype) {
+    fail(where, "x must be float64, float32, float16 or bfloat16, got ", dtype_name(x.scalar_type()),
+         "; convert it with x.float()");
+  }
+  check_weight_shape(where, weight);
+  check_weight_like(where, x, weight);
+  const ConvProblem prob = {x.size(0),
+                            x.size(1),
+                            x.size(2),
+                            x.size(3),
+                            weight.size(0),
+                            static_cast<int32_t>(stride),
+                            static_cast<int32_t>(groups),
+                            *dtype,
+                            is_channels_last(x) ? Layout::kNHWC : Layout::kNCHW,
+                            Activation::kIdentity};
+  check_geometry(where, prob, weight.size(1), stride, groups, weight);
+  if (bias) check_bias(where, x, weight, *bias);
+  return prob;
+}
+
+ConvProblem next_problem(const Where& where, const ConvProblem& before, const Tensor& x, const Tensor& weight,
+                         const std::optional<Tensor>& bias, int64_t stride, int64_t groups) {
+  check_weight_shape(where, weight);
+  check_weight_like(where, x, weight);
+  const ConvProblem prob = {before.N,
+                            before.K,
+                            before.P(),
+                            before.Q(),
+                            weight.size(0),
+                            static_cast<int32_t>(stride),
+                            static_cast<int32_t>(groups),
+                            before.dtype,
+                            before.layout,
+                            Activation::kIdentity};
+  check_geometry(where, prob, weight.size(1), stride, groups, weight);
+  if (bias) check_bias(where, x, weight, *bias);
+  return prob;
+}
+
+ConvProblem make_problem(const Where& where, const std::vector<int64_t>& input_size, const Tensor& weight,
+                         int64_t stride, int64_t groups) {
+  check(input_size.size() == 4, where, "input_size must be [N, C_in, H, W], got ", input_size.size(), " numbers");
+  const std::optional<DType> dtype = float_dtype(weight.scalar_type());
+  check(dtype.has_value(), where, "weight must be float64, float32, float16 or bfloat16, got ",
+        dtype_name(weight.scalar_type()), "; convert it with weight.float()");
+  check(input_size[0] >= 0, where, "input_size must have N >= 0, got ", input_size[0]);
+  check_weight_shape(where, weight);
+  const ConvProblem prob = {input_size[0],
+                            input_size[1],
+                            input_size[2],
+                            input_size[3],
+                            weight.size(0),
+                            static_cast<int32_t>(stride),
+                            static_cast<int32_t>(groups),
+                            *dtype,
+                            Layout::kNCHW,
+                            Activation::kIdentity};
+  check_geometry(where, prob, weight.size(1), stride, groups, weight);
+  return prob;
+}
+
+bool is_dense(const Tensor& x, Layout layout) {
+  if (layout == Layout::kNCHW) return x.is_contiguous();
   int64_t expected = 1;
   for (const int64_t d : {1, 3, 2, 0}) {  // C, W, H, N: from the fastest to the slowest
     if (x.size(d) != 1 && x.stride(d) != expected) return false;
@@ -118,6 +210,8 @@ bool is_channels_last(const Tensor& x) {
   }
   return true;
 }
+
+bool is_channels_last(const Tensor& x) { return !x.is_contiguous() && is_dense(x, Layout::kNHWC); }
 
 namespace {
 

@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
+#include <ostream>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -23,23 +24,45 @@ using torch::stable::Tensor;
 
 // Unlike STD_TORCH_CHECK, the message is the user's alone: one line, no file of ours.
 template <class... Parts>
-void check(bool condition, const Parts&... parts) {
-  if (condition) return;
+[[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream message;
   (message << ... << parts);
   throw std::runtime_error(message.str());
+}
+
+// On the path of every call write `if (!condition) fail(...)`: there the parts are not even built.
+template <class... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (!condition) fail(parts...);
 }
 
 std::string shape_name(const Tensor& tensor);   // "[2, 3, 4]"
 std::string device_name(const Tensor& tensor);  // "cpu", "cuda:1"
 std::string dtype_name(ScalarType dtype);       // "float32"
 std::optional<DType> float_dtype(ScalarType dtype);
+int64_t element_bytes(DType dtype);
+bool same_device(const Tensor& a, const Tensor& b);
 
 Activation parse_activation(const std::string& name);
 
-// The checked problem. Throws std::runtime_error where the arguments disagree.
-ConvProblem make_problem(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t stride,
-                         int64_t groups, const std::string& activation);
+// Whose arguments are wrong: what a message begins with.
+struct Where {
+  const char* op;
+  int64_t layer = -1;       // of a chain
+  const char* input = "x";  // what holds [N, C_in, H, W]
+};
+std::ostream& operator<<(std::ostream& out, const Where& where);  // "conv3x3: ", "conv3x3_chain: layer 2: "
+
+// The checked problems, with no activation yet. Throw std::runtime_error where the arguments disagree.
+// A layer of its own:
+ConvProblem make_problem(const Where& where, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                         int64_t stride, int64_t groups);
+// The layer that reads what `before`, a checked layer on `x`'s device, writes:
+ConvProblem next_problem(const Where& where, const ConvProblem& before, const Tensor& x, const Tensor& weight,
+                         const std::optional<Tensor>& bias, int64_t stride, int64_t groups);
+// A layer whose input is known by its size alone:
+ConvProblem make_problem(const Where& where, const std::vector<int64_t>& input_size, const Tensor& weight,
+                         int64_t stride, int64_t groups);
 
 // The checked block. Its arrays point into `tensors`, each made contiguous in place; weight and bias are left null.
 FoldProblem make_fold_problem(std::vector<Tensor>& tensors, const std::vector<double>& bn_eps, int64_t in_channels,
@@ -48,6 +71,9 @@ FoldProblem make_fold_problem(std::vector<Tensor>& tensors, const std::vector<do
 
 // dense channels_last and not dense NCHW as well: reference.output_format.
 bool is_channels_last(const Tensor& x);
+
+// Whether the elements of `x` [N, C, H, W] lie without gaps in the order of `layout`.
+bool is_dense(const Tensor& x, Layout layout);
 
 // cudaStream_t of torch's current stream on that CUDA device. Throws std::runtime_error in a torch without CUDA.
 void* current_stream(int32_t device_index);

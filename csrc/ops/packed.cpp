@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: MIT
+#include "ops/packed.h"
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <limits>
+#include <string_view>
+
+#include "cpu/algos.h"
+#include "ops/layer.h"
+#include "ops/scratch.h"
+
+namespace repvgg::ops {
+namespace {
+
+constexpr int64_t kHeaderBytes = sizeof(PackedHeader);
+constexpr int64_t kSamples = 16;
+
+// FNV-1a over the bits of 16 weights, evenly spread from the first to the last. Catches weights that were trained on,
+// loaded or swapped since; not the edit of a single weight. 0 on a GPU, whose weights the host does not wait for.
+uint64_t fingerprint(const Tensor& weight) {
+  if (!weight.is_cpu()) return 0;
+  const int64_t last = weight.numel() - 1, bytes = weight.element_size();
+  const auto* data = static_cast<const char*>(weight.const_data_ptr());
+  uint64_t hash = 0xcbf29ce484222325;
+  for (int64_t i = 0; i < kSamples; ++i) {
+    int64_t index = last * i / (kSamples - 1), offset = 0;
+    for (int64_t d = 3; d >= 0; --d) {
+      offset += index % weight.size(d) * weight.stride(d);
+      index /= weight.size(d);
+    }
+    uint64_t bits = 0;
+    std::memcpy(&bits, data + offset * bytes, static_cast<size_t>(bytes));
+    hash = (hash ^ bits) * 0x100000001b3;
+  }
+  return hash;
+}
+
+template <size_t N>
+std::string_view field(const char (&text)[N]) {
+  return {text, strnlen(text, N)};
+}
+
+template <size_t N>
+void set_field(char (&text)[N], const char* value) {
+  check(std::strlen(value) <= N, "the name '", value, "' is too long for the header of packed weights");
+  std::memcpy(text, value, std::strlen(value));
+}
+
+// For messages: a damaged header may hold anything.
+std::string printable(std::string_view text) {
+  std::string result(text);
+  std::replace_if(result.begin(), result.end(), [](char c) { return c < ' ' || c > '~'; }, '?');
+  return result;
+}
+
+// A tensor whose payload begins on a huge page where it is worth one, else on a cache line: torch aligns to that.
+Tensor allocate(int64_t payload_bytes) {
+  const int64_t bytes = kHeaderBytes + payload_bytes;
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  if (payload_bytes < kWorthHugePages) {
+    return torch::stable::empty({&bytes, 1}, ScalarType::Byte, std::nullopt, cpu);
+  }
+  const int64_t pages = round_up(payload_bytes, kHugePage), room = kHeaderBytes + kHugePage + pages;
+  Tensor whole = torch::stable::empty({&room, 1}, ScalarType::Byte, std::nullopt, cpu);
+  auto* const begin = static_cast<char*>(whole.mutable_data_ptr());
+  const auto address = reinterpret_cast<uintptr_t>(begin);
+  const int64_t past = static_cast<int64_t>((address + kHeaderBytes) % kHugePage);
+  const int64_t payload = kHeaderBytes + (kHugePage - past) % kHugePage;
+  advise_huge_pages(begin + payload, pages);
+  return torch::stable::narrow(whole, 0, payload - kHeaderBytes, bytes);
+}
+
+const ConvAlgo* choose_packed(const Where& where, const ConvProblem& prob, const Device& device,
+                              const std::string& device_type, const std::string& algorithm, int64_t max_bytes) {
+  const AlgoTable table = algos_for(device_type);
+  if (algorithm == "auto") return table.select(prob, device, /*packed=*/true, max_bytes);
+  const ConvAlgo* algo = named_algo(where, table, prob, device, algorithm, device_type);
+  const int64_t bytes = algo == nullptr ? 0 : algo->packed_bytes(prob);
+  check(bytes <= max_bytes, where, "algorithm '", algorithm, "' packs the weight into ", bytes,
+        " bytes, more than its ", max_bytes, ", which memory='low' rules out; use memory='fast' or algorithm='auto'");
+  return algo;
+}
+
+}  // namespace
+
+Tensor prepack(const Tensor& weight, const std::vector<int64_t>& input_size, int64_t stride, int64_t groups,
+               const std::string& algorithm, const std::string& memory) {
+  const Where where{"prepack", -1, "input_size"};
+  const ConvProblem prob = make_problem(where, input_size, weight, stride, groups);
+  check(memory == "fast" || memory == "low", where, "memory must be one of fast, low, got '", memory, "'");
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (weight.is_cuda()) guard.emplace(weight.get_device_index());
+  const int64_t weight_bytes = weight.numel() * weight.element_size();
+  const int64_t max_bytes = memory == "low" ? weight_bytes : std::numeric_limits<int64_t>::max();
+  const ConvAlgo* algo = choose_packed(where, prob, device_of(weight), device_type(weight), algorithm, max_bytes);
+
+  PackedHeader header = {};
+  std::memcpy(header.magic, kPackedMagic, sizeof header.magic);
+  set_field(header.algorithm, algo == nullptr ? "aten" : algo->name);
+  header.C = prob.C;
+  header.K = prob.K;
+  header.groups = prob.groups;
+  header.stride = prob.stride;
+  header.payload_bytes = algo == nullptr ? 0 : algo->packed_bytes(prob);
+  header.fingerprint = fingerprint(weight);
+  if (header.payload_bytes > 0) set_field(header.target, cpu::target_name());
+
+  Tensor packed = allocate(header.payload_bytes);
+  auto* const data = static_cast<char*>(packed.mutable_data_ptr());
+  std::memcpy(data, &header, sizeof header);
+  if (header.payload_bytes > 0) {
+    algo->pack(prob, dense(weight).const_data_ptr(), data + kHeaderBytes, parallel_for);
+  }
+  return packed;
+}
+
+Packed open_packed(const Where& where, const Tensor& packed, const Tensor& weight, const ConvProblem& prob,
+                   const std::string& algorithm) {
+  if (packed.scalar_type() != ScalarType::Byte || packed.dim() != 1 || !packed.is_cpu() || !packed.is_contiguous()) {
+    fail(where, "packed must be a contiguous 1-D uint8 tensor on the CPU, as repvgg_cuda.prepack returns, got ",
+         dtype_name(packed.scalar_type()), " ", shape_name(packed), " on ", device_name(packed));
+  }
+  const int64_t bytes = packed.numel();
+  const auto* data = static_cast<const char*>(packed.const_data_ptr());
+  PackedHeader header = {};
+  if (bytes >= kHeaderBytes) std::memcpy(&header, data, sizeof header);
+  if (field(header.magic) != kPackedMagic) {
+    fail(where, "packed does not begin with the header that repvgg_cuda.prepack writes; call prepack again");
+  }
+  if (header.payload_bytes != bytes - kHeaderBytes) {
+    fail(where, "packed must have ", kHeaderBytes, " + ", header.payload_bytes, " bytes, as its header says, got ",
+         bytes, "; call prepack again");
+  }
+  if (header.C != prob.C || header.K != prob.K || header.groups != prob.groups || header.stride != prob.stride) {
+    fail(where, "packed was made for C_in=", header.C, ", C_out=", header.K, ", groups=", header.groups,
+         ", stride=", header.stride, ", but the layer has C_in=", prob.C, ", C_out=", prob.K, ", groups=", prob.groups,
+         ", stride=", prob.stride, "; call prepack again");
+  }
+  if (header.fingerprint != fingerprint(weight)) {
+    fail(where, "packed was made for other values of weight, which have changed since; call prepack again");
+  }
+  const std::string name(field(header.algorithm));
+  if (algorithm != "auto" && algorithm != name) {
+    fail(where, "algorithm must be 'auto' or that of packed, '", printable(name), "', got '", algorithm,
+         "'; call prepack again with algorithm='", algorithm, "'");
+  }
+  if (name == "aten") return {nullptr, nullptr};
+  const ConvAlgo* algo = algos_for(device_type(weight)).find(name.c_str());
+  if (algo == nullptr) {
+    fail(where, "packed was made for algorithm '", printable(name), "', which is not available on ",
+         device_type(weight), "; call prepack again");
+  }
+  if (const Refusal why = algo->refuse(prob, device_of(weight)); why != nullptr) {
+    fail(where, "packed was made for algorithm '", name, "', which cannot run this: ", why, "; call prepack again");
+  }
+  if (header.payload_bytes == 0 || field(header.target) != cpu::target_name()) return {algo, nullptr};
+  if (header.payload_bytes != algo->packed_bytes(prob)) {
+    fail(where, "packed has a payload of ", header.payload_bytes, " bytes, where algorithm '", name, "' needs ",
+         algo->packed_bytes(prob), "; call prepack again");
+  }
+  if (reinterpret_cast<uintptr_t>(data) % kCacheLine != 0) {
+    fail(where, "packed must begin at a multiple of ", kCacheLine, " bytes in memory; copy it with .clone()");
+  }
+  return {algo, data + kHeaderBytes};
+}
+
+}  // namespace repvgg::ops

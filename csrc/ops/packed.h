@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: MIT
+// Packed weights: a plain uint8 tensor on the CPU, a header and then what a row's `pack` wrote. repvgg_cuda/packed.py
+// reads and writes the same header.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "ops/tensors.h"
+
+namespace repvgg::ops {
+
+// Little endian; a name shorter than its field ends in zeros.
+struct PackedHeader {
+  char magic[8];       // kPackedMagic: format and version
+  char algorithm[16];  // the row to run, or "aten"
+  char target[16];     // the instruction set whose kernels read the payload; "" without a payload
+  int64_t C, K, groups, stride;
+  int64_t payload_bytes;  // what follows this header
+  uint64_t fingerprint;   // of the weight
+  char reserved[40];      // zeros
+};
+static_assert(sizeof(PackedHeader) == 128, "the payload follows at a multiple of a cache line");
+
+constexpr char kPackedMagic[9] = "RVGPACK1";
+
+// Makes packed weights for `input_size` [N, C_in, H, W]: "auto" takes the row predicted to be fastest there. With
+// `memory` "low" rows whose payload is larger than the weight are passed over. A row that reads weights as they are,
+// and every row on a GPU, has the header alone.
+Tensor prepack(const Tensor& weight, const std::vector<int64_t>& input_size, int64_t stride, int64_t groups,
+               const std::string& algorithm, const std::string& memory);
+
+// What packed weights say.
+struct Packed {
+  const ConvAlgo* algo;  // nullptr: aten
+  const void* payload;   // nullptr: there is none, or it is for another instruction set
+};
+
+// Checks that `packed` was made from `weight` for such a layer. Throws std::runtime_error, with the remedy, if not.
+Packed open_packed(const Where& where, const Tensor& packed, const Tensor& weight, const ConvProblem& prob,
+                   const std::string& algorithm);
+
+}  // namespace repvgg::ops
