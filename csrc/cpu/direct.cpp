@@ -85,8 +85,8 @@ void run_direct(const BlockedLayer& layer) {
 
 Refusal refuse_direct(const ConvProblem& prob, const Device&) { return refuse_blocked(prob); }
 
-double direct_cost(const ConvProblem& prob, const Device& device, bool packed) {
-  return blocked_cost(prob, device, products(prob, target().lanes), 0, packed_bytes(prob), packed);
+double direct_cost(const ConvProblem& prob, const Device&, bool packed) {
+  return blocked_cost(prob, products(prob, target().lanes), 0, packed_bytes(prob), packed);
 }
 
 // --------------------------------------------------------------------------------------------------------------- stem
@@ -151,8 +151,8 @@ Refusal refuse_stem(const ConvProblem& prob, const Device&) {
   return prob.C <= kMaxStemChannels ? nullptr : "C_in must be at most 8";
 }
 
-double stem_cost(const ConvProblem& prob, const Device& device, bool packed) {
-  return blocked_cost(prob, device, 1.6 * products(prob, 1), 0, stem_bytes(prob), packed);
+double stem_cost(const ConvProblem& prob, const Device&, bool packed) {
+  return blocked_cost(prob, 1.6 * products(prob, 1), 0, stem_bytes(prob), packed);
 }
 
 int64_t direct_workspace(const ConvProblem& prob, int threads) { return blocked_workspace(kDirectAlgo, prob, threads); }

@@ -156,15 +156,14 @@ Refusal refuse(const ConvProblem& prob, const Device&) {
   return prob.dtype == DType::kFloat32 ? nullptr : "x must be float32";
 }
 
-double cost(const ConvProblem& prob, const Device& device, bool) {
-  const double threads = std::max(device.threads, 1), speed = target().lanes / 8.0;
+double cost(const ConvProblem& prob, const Device&, bool) {
+  const double speed = target().lanes / 8.0;
   const double k = static_cast<double>(prob.K) / static_cast<double>(prob.group_K()) *
                    static_cast<double>(round_up(prob.group_K(), kPlanarBlockK));
   const double values = 9.0 * static_cast<double>(prob.N * prob.group_C() * prob.P() * (prob.Q() + 2)) * k;
   const double strided = prob.layout == Layout::kNHWC ? 4 : 1;  // channels_last is read and written value by value
   const double bytes = 4.0 * static_cast<double>(prob.N) * (prob.C * prob.H * prob.W + prob.K * prob.P() * prob.Q());
-  return kCallSeconds + values / (kPlanarProductsPerSecond * speed * threads) +
-         strided * bytes / (kReorderBytesPerSecond * threads);
+  return kCallSeconds + values / (kPlanarProductsPerSecond * speed) + strided * bytes / kReorderBytesPerSecond;
 }
 
 int64_t workspace(const ConvProblem& prob, int threads) {

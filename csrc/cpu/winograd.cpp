@@ -269,7 +269,7 @@ Refusal refuse(const ConvProblem& prob, const Device&) {
 }
 
 template <WinogradScheme kScheme>
-double cost(const ConvProblem& prob, const Device& device, bool packed) {
+double cost(const ConvProblem& prob, const Device&, bool packed) {
   if (kScheme == kWinograd6) return 1e9;  // less accurate: only where it is asked for
   const Scheme scheme = scheme_of(kScheme);
   double rows = 0, cols = 0;  // products per row and column
@@ -283,7 +283,7 @@ double cost(const ConvProblem& prob, const Device& device, bool packed) {
   const GroupBlocks group(prob);
   const double values = rows * cols * static_cast<double>(prob.N * prob.groups);
   const double touched = 4 * values * static_cast<double>(group.channels() + group.panels * group.width()) / 3;
-  return blocked_cost(prob, device, values * static_cast<double>(group.weights()), touched, packed_bytes<kScheme>(prob),
+  return blocked_cost(prob, values * static_cast<double>(group.weights()), touched, packed_bytes<kScheme>(prob),
                       packed);
 }
 
