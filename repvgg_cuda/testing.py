@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -114,10 +116,12 @@ def error_bound(
     it by u of that type, and half a subnormal step; the result before the bias may have been stored too. ReLU adds
     nothing.
 
-    The bound is for direct convolutions: ``algorithm`` is there for those that transform their input, whose bounds grow
-    with the transforms. NaN or Inf where the oracle is not finite.
+    Winograd rows (:data:`WINOGRAD`) compute ``A^T [U * (B^T d B)] A`` tile by tile, so their bound is gamma of the
+    longest chain of roundings (C_in / groups products; at most pairs + 3 in each of four 1-D transforms; one for U, one
+    for the bias) times the same expression over absolute values. NaN or Inf where the oracle is not finite.
     """
-    del algorithm  # every present algorithm is direct
+    if algorithm in WINOGRAD:
+        return _winograd_bound(x, weight, bias, stride, groups, WINOGRAD[algorithm])
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     n = 9 * weight.shape[1] + 1
     u = unit_roundoff(compute)
@@ -129,6 +133,103 @@ def error_bound(
     elif compute == torch.float64:
         bound = 2 * bound  # the oracle itself rounds in the same way
     return bound
+
+
+#: Pairs of evaluation points of each Winograd row (csrc/core/winograd_points.h).
+WINOGRAD: Mapping[str, tuple[float, ...]] = {
+    "winograd2": (1.0,),
+    "winograd4": (0.75, 1.5),
+    "winograd6": (1.0, 2.0, 0.5),
+    "polyphase": (0.75, 1.5),
+}
+
+
+def winograd_matrices(pairs: Sequence[float], cls: int, stride: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """``(A^T [m, p], G [p, 3], B^T [p, inputs])`` of a tile of class ``cls``: ``y = A^T [(G g) * (B^T d)]``, float64.
+
+    The first ``cls`` pairs of points are used, with ``G`` normalised for all of them, as the kernels do. With stride 2
+    the last m products are the odd inputs times the middle tap.
+    """
+    finite = [0.0, *(sign * q for q in pairs for sign in (1, -1))]
+    used = finite[: 2 * cls + 1]
+    m = 2 * cls + stride - 1
+    taps = torch.tensor([[1, a, a * a] if stride == 1 else [1, 0, a] for a in used], dtype=torch.float64)
+    norms = torch.tensor([math.prod(a - b for b in finite if b != a) for a in used], dtype=torch.float64)
+    g = torch.cat([taps / norms[:, None], torch.tensor([[0.0, 0.0, 1.0]], dtype=torch.float64)])
+    a_t = torch.zeros(m, len(used) + 1, dtype=torch.float64)
+    a_t[:, :-1] = torch.tensor([[a**r for a in used] for r in range(m)], dtype=torch.float64)
+    a_t[-1, -1] += 1
+    rows = [_polynomial([b for b in used if b != a]) for a in used] + [_polynomial(used)]
+    b_t = torch.zeros(len(rows), 2 * cls + 2, dtype=torch.float64)
+    for i, row in enumerate(rows):
+        b_t[i, : len(row)] = torch.tensor(row, dtype=torch.float64)
+    for i, a in enumerate(used):
+        b_t[i] *= math.prod(a - b for b in finite if b not in used)
+    if stride == 2:
+        even = torch.zeros(len(rows) + m, 2 * m + 1, dtype=torch.float64)
+        even[: len(rows), 0::2] = b_t
+        even[len(rows) :, 1::2] = torch.eye(m, dtype=torch.float64)
+        middle = torch.tensor([[0.0, 1.0, 0.0]], dtype=torch.float64).expand(m, 3)
+        return torch.cat([a_t, torch.eye(m, dtype=torch.float64)], 1), torch.cat([g, middle]), even
+    return a_t, g, b_t
+
+
+def _polynomial(roots: Sequence[float]) -> list[float]:
+    """Ascending coefficients of prod (x - root)."""
+    coefficients = [1.0]
+    for root in roots:
+        shifted, scaled = [0.0, *coefficients], [*(-root * c for c in coefficients), 0.0]
+        coefficients = [a + b for a, b in zip(shifted, scaled, strict=True)]
+    return coefficients
+
+
+def winograd_tiles(outputs: int, pairs: int, stride: int = 1) -> list[tuple[int, int]]:
+    """``(first output, class)`` of the tiles that the Winograd rows cut an extent into."""
+    tiles, start, cls = [], 0, pairs
+    while start < outputs:
+        left = outputs - start
+        cls = min(cls, (left + 1) // 2 if stride == 1 else (left - 1) // 2)
+        tiles.append((start, cls))
+        start += 2 * cls + stride - 1
+    return tiles
+
+
+def _winograd_bound(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, groups: int, pairs: Sequence[float]
+) -> Tensor:
+    u = unit_roundoff(torch.float32)
+    n = weight.shape[1] + 4 * (len(pairs) + 3) + 2
+    height, width = ((extent - 1) // stride + 1 for extent in x.shape[2:])
+    padded = F.pad(x.double().abs(), (1, 8, 1, 8))  # tiles may reach past the border
+    kernels = weight.double()
+    total = x.new_zeros((x.shape[0], weight.shape[0], height + 8, width + 8), dtype=torch.float64)
+    rows, cols = (winograd_tiles(extent, len(pairs), stride) for extent in (height, width))
+    for row_cls in {cls for _, cls in rows}:
+        for col_cls in {cls for _, cls in cols}:
+            (a_r, g_r, b_r), (a_c, g_c, b_c) = (winograd_matrices(pairs, cls, stride) for cls in (row_cls, col_cls))
+            starts = [
+                torch.tensor([s for s, cls in tiles if cls == c]) for tiles, c in ((rows, row_cls), (cols, col_cls))
+            ]
+            in_r, in_c = (
+                s[:, None] * stride + torch.arange(b.shape[1]) for s, b in zip(starts, (b_r, b_c), strict=True)
+            )
+            windows = padded[:, :, in_r][:, :, :, :, in_c]  # [N, C, tiles, inputs, tiles, inputs]
+            v = torch.einsum("pi,qj,ncaibj->ncabpq", b_r.abs(), b_c.abs(), windows)
+            transformed = torch.einsum("pr,qs,kcrs->kcpq", g_r, g_c, kernels).abs()
+            m = torch.cat(
+                [
+                    torch.einsum("ncabpq,kcpq->nkabpq", part, filters)
+                    for part, filters in zip(v.chunk(groups, 1), transformed.chunk(groups, 0), strict=True)
+                ],
+                1,
+            )
+            out = torch.einsum("rp,sq,nkabpq->nkarbs", a_r.abs(), a_c.abs(), m)
+            out_r, out_c = (s[:, None] + torch.arange(a.shape[0]) for s, a in zip(starts, (a_r, a_c), strict=True))
+            total[:, :, out_r[:, :, None, None], out_c] = out
+    total = total[:, :, :height, :width]
+    if bias is not None:
+        total = total + bias.double().abs().reshape(1, -1, 1, 1)
+    return n * u / (1 - n * u) * total
 
 
 def fold_bound(branches: Branches, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

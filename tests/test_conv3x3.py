@@ -63,8 +63,24 @@ def test_matches_fp64(
     assert y.is_contiguous(memory_format=reference.output_format(x))
 
 
+def expected_refusal(name: str, case: testing.Case, dtype: torch.dtype) -> str | None:
+    """What each row cannot do, said once more."""
+    lanes = {"baseline": 4, "avx2": 8, "avx512": 16}[_ext.module.cpu_target()] if _ext.module else 0
+    if dtype != torch.float32:
+        return "x must be float32"
+    if name == "stem":
+        return "groups must be 1" if case.groups > 1 else "C_in must be at most 8" if case.C > 8 else None
+    blocked = name in ("direct", *testing.WINOGRAD)
+    if blocked and case.groups > 1 and (case.C // case.groups % lanes or case.K // case.groups % lanes):
+        return "with groups, the channels of a group must be a multiple of the vector width"
+    if name in testing.WINOGRAD:
+        stride = 2 if name == "polyphase" else 1
+        return None if case.stride == stride else f"stride must be {stride}"
+    return None
+
+
 def test_refusals_are_pinned() -> None:
-    """The float32 rows refuse other dtypes and no case; `aten` refuses nothing."""
+    """Nothing is refused but for these reasons; `aten` refuses nothing."""
     if _ext.module is None:
         pytest.skip(f"the compiled module {_ext.why_missing}")
     for device in ("cpu", "cuda"):
@@ -73,10 +89,13 @@ def test_refusals_are_pinned() -> None:
                 for channels_last in (False, True):
                     shape, geometry = (case.N, case.C, case.H, case.W), (case.K, case.stride, case.groups)
                     why = _ext.module.refusal(name, device, -1, shape, *geometry, str(dtype)[6:], channels_last, "relu")
-                    assert why == (None if dtype == torch.float32 else "x must be float32"), (name, case)
+                    cuda = None if dtype == torch.float32 else "x must be float32"
+                    want = cuda if device == "cuda" else expected_refusal(name, case, dtype)
+                    assert why == want, (name, case)
     x, weight, _ = testing.EDGE_CASES[0].tensors()
     assert repvgg_cuda.refusal("aten", x, weight) is None
-    assert repvgg_cuda.algorithms("cpu") == ["direct", "aten"]
+    names = ["planar", "stem", "winograd4", "winograd2", "polyphase", "direct", "winograd6", "aten"]
+    assert repvgg_cuda.algorithms("cpu") == names
 
 
 def test_a_named_algorithm_is_not_swapped_for_another() -> None:
@@ -94,17 +113,23 @@ EVERY_ISA = """
 import sys, torch, repvgg_cuda
 from repvgg_cuda import _ext, testing
 assert _ext.module.cpu_target() == sys.argv[1], _ext.module.cpu_target()
-for threads in (1, 2, 3):
-    torch.set_num_threads(threads)
-    for case in (*testing.EDGE_CASES, *testing.REPVGG_LAYERS):
-        x, weight, bias = case.tensors()
-        geometry = (case.stride, case.groups)
-        want = testing.conv3x3_fp64(x, weight, bias, *geometry)
-        bound = testing.error_bound(x, weight, bias, *geometry)
-        for memory_format in (torch.contiguous_format, torch.channels_last):
-            y = repvgg_cuda.conv3x3(x.contiguous(memory_format=memory_format), weight, bias, stride=case.stride,
-                                    groups=case.groups, algorithm="direct")
-            assert ((y.double() - want).abs() <= bound).all(), (case, testing.worst(y, want, bound))
+for case in (*testing.EDGE_CASES, *testing.REPVGG_LAYERS):
+    x, weight, bias = case.tensors()
+    geometry = (case.stride, case.groups)
+    want = testing.conv3x3_fp64(x, weight, bias, *geometry)
+    for algorithm in repvgg_cuda.algorithms()[:-1]:
+        if repvgg_cuda.refusal(algorithm, x, weight, stride=case.stride, groups=case.groups):
+            continue
+        bound = testing.error_bound(x, weight, bias, *geometry, algorithm)
+        first = None
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for memory_format in (torch.contiguous_format, torch.channels_last):
+                y = repvgg_cuda.conv3x3(x.contiguous(memory_format=memory_format), weight, bias, stride=case.stride,
+                                        groups=case.groups, algorithm=algorithm)
+                assert ((y.double() - want).abs() <= bound).all(), (case, testing.worst(y, want, bound))
+                first = y if first is None else first
+                assert torch.equal(y, first), (case, algorithm, threads, memory_format)
 """
 
 
@@ -235,9 +260,64 @@ def test_nan_and_inf_come_out_where_conv2d_has_them(algorithm: str, activation: 
     want = want.relu() if activation == "relu" else want
     assert want.isnan().any()
     assert want.isinf().any()
+    if algorithm in testing.WINOGRAD:
+        pytest.skip("spreads within a tile: test_nan_and_inf_stay_in_the_tiles_that_read_them")
     assert torch.equal(y.isnan(), want.isnan())
     assert torch.equal(y.isposinf(), want.isposinf())
     assert torch.equal(y.isneginf(), want.isneginf())
+
+
+@pytest.mark.parametrize("algorithm", testing.WINOGRAD)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_stay_in_the_tiles_that_read_them(algorithm: str, value: float) -> None:
+    """Every output of a Winograd tile may be NaN if one input of the tile is not finite; no other output changes."""
+    if _ext.module is None:
+        pytest.skip(f"the compiled module {_ext.why_missing}")
+    stride, pairs = 2 if algorithm == "polyphase" else 1, len(testing.WINOGRAD[algorithm])
+    x, weight = torch.randn(1, 3, 23, 29), torch.randn(4, 3, 3, 3)
+    clean = repvgg_cuda.conv3x3(x, weight, stride=stride, algorithm=algorithm)
+    reach = torch.zeros(clean.shape, dtype=torch.bool)
+    h, w = 9, 14
+    x[0, 1, h, w] = value
+    touched = []
+    for outputs, at in zip(clean.shape[2:], (h, w), strict=True):
+        tiles = testing.winograd_tiles(outputs, pairs, stride)
+        sizes = [(start, 2 * cls + stride - 1) for start, cls in tiles]
+        touched.append([(s, s + m) for s, m in sizes if s * stride - 1 <= at <= (s + m - 1) * stride + 1])
+    for top, bottom in touched[0]:
+        for left, right in touched[1]:
+            reach[:, :, top:bottom, left:right] = True
+    y = repvgg_cuda.conv3x3(x, weight, stride=stride, algorithm=algorithm)
+    want = F.conv2d(x, weight, stride=stride, padding=1)
+    assert not y[~want.isfinite()].isfinite().any()
+    assert torch.equal(y[~reach], clean[~reach])
+
+
+@pytest.mark.parametrize("algorithm", [name for name in repvgg_cuda.algorithms() if name != "aten"])
+def test_every_small_size(algorithm: str) -> None:
+    """Extents from 1 to 40, every remainder modulo the tiles of both dimensions; channels off the vector width."""
+    stride = 2 if algorithm == "polyphase" else 1
+    for h in range(1, 41):
+        for w in {1, 2, 3, 40, *(1 + (h * step + 5) % 40 for step in (1, 3, 7, 9, 11))}:
+            case = testing.Case("size", 1 + h % 2, 1 + (h + w) % 9, h, w, 1 + (h * w) % 19, stride)
+            if algorithm == "stem" and case.C > 8:
+                continue
+            x, weight, bias = case.tensors(seed=h * 64 + w)
+            y = repvgg_cuda.conv3x3(x, weight, bias, stride=stride, algorithm=algorithm)
+            want = testing.conv3x3_fp64(x, weight, bias, stride)
+            assert_within_bound(y, want, testing.error_bound(x, weight, bias, stride, 1, algorithm))
+
+
+@pytest.mark.parametrize("algorithm", [name for name in repvgg_cuda.algorithms() if name != "aten"])
+def test_denormals(algorithm: str) -> None:
+    stride = 2 if algorithm == "polyphase" else 1
+    x = torch.randn(1, 8, 13, 17) * 1e-39
+    weight = torch.randn(8, 8, 3, 3)
+    y = repvgg_cuda.conv3x3(x, weight, stride=stride, algorithm=algorithm)
+    # beside the relative bound each operation may lose half a step between subnormals
+    steps = 2000 * torch.finfo(torch.float32).smallest_normal * testing.unit_roundoff(torch.float32)
+    bound = testing.error_bound(x, weight, None, stride, 1, algorithm) + steps
+    assert_within_bound(y, testing.conv3x3_fp64(x, weight, None, stride), bound)
 
 
 def test_relu_keeps_nan_and_comes_after_the_bias(device: str) -> None:

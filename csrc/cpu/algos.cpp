@@ -1,14 +1,18 @@
 // SPDX-License-Identifier: MIT
-// The CPU table: the rows in order of preference.
+// The CPU table.
 #include "cpu/algos.h"
+
+#include "cpu/cost.h"
 
 namespace repvgg::cpu {
 
-extern const ConvAlgo kConv3x3Direct;
+extern const ConvAlgo kPlanarAlgo, kStemAlgo, kWinograd4Algo, kWinograd2Algo, kPolyphaseAlgo, kDirectAlgo,
+    kWinograd6Algo;
 
 AlgoTable algos() {
-  static const ConvAlgo* const rows[] = {&kConv3x3Direct};
-  return {rows, static_cast<int>(sizeof rows / sizeof *rows)};
+  static const ConvAlgo* const rows[] = {&kPlanarAlgo,    &kStemAlgo,   &kWinograd4Algo, &kWinograd2Algo,
+                                         &kPolyphaseAlgo, &kDirectAlgo, &kWinograd6Algo};
+  return {rows, static_cast<int>(sizeof rows / sizeof *rows), aten_cost};
 }
 
 }  // namespace repvgg::cpu

@@ -16,15 +16,15 @@ struct ChainLayer {
 };
 
 // How many of the `n` layers, from the first on, can run as one chain: 0 if the first runs on a row that is not one of
-// the inner layout. Row "stem" reads NCHW: it only begins a chain.
+// the inner layout. Row "stem" reads the dense input: it only begins a chain.
 int chain_length(const ChainLayer* layers, int n);
 
 // Bytes of workspace that run_chain needs.
 int64_t chain_workspace(const ChainLayer* layers, int n, int threads);
 
 struct ChainArgs {
-  const float* x;   // of layers[0], in x_layout, dense
-  float* y;         // of layers[n - 1], in y_layout, dense
+  const float* x;  // of layers[0], in x_layout, dense
+  float* y;        // of layers[n - 1], in y_layout, dense
   Layout x_layout, y_layout;
   void* workspace;  // uninitialised
   int threads;

@@ -1,74 +1,69 @@
 // SPDX-License-Identifier: MIT
-// The same source once per instruction set, each in its own namespace; which one runs is decided at run time.
-#include "cpu/conv3x3_direct.h"
+// Which instruction set runs is decided once, at run time.
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/algos.h"
+#include "cpu/target.h"
 
 namespace repvgg::cpu {
+
+namespace baseline {
+extern const Target kTarget;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Target kTarget;
+}
+namespace avx512 {
+extern const Target kTarget;
+}
+#endif
+
 namespace {
 
-namespace baseline {  // SSE2 on x86-64, NEON on aarch64
-#define RVG_VECTOR_BYTES 16
-#define RVG_BLOCK_VECTORS 2
-#include "cpu/simd.inl"
-// The order matters: vectors before what is written over them.
-#include "cpu/conv3x3_direct.inl"
-#undef RVG_VECTOR_BYTES
-#undef RVG_BLOCK_VECTORS
-bool supported() { return true; }
-}  // namespace baseline
-
-#if defined(__x86_64__)
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma")
-#endif
-namespace avx2 {
-#define RVG_VECTOR_BYTES 32
-#define RVG_BLOCK_VECTORS 2
-#include "cpu/simd.inl"
-// The order matters: vectors before what is written over them.
-#include "cpu/conv3x3_direct.inl"
-#undef RVG_VECTOR_BYTES
-#undef RVG_BLOCK_VECTORS
-}  // namespace avx2
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f")
-#endif
-namespace avx512 {
-#define RVG_VECTOR_BYTES 64
-#define RVG_BLOCK_VECTORS 4
-#include "cpu/simd.inl"
-// The order matters: vectors before what is written over them.
-#include "cpu/conv3x3_direct.inl"
-#undef RVG_VECTOR_BYTES
-#undef RVG_BLOCK_VECTORS
-}  // namespace avx512
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-bool avx2_supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-bool avx512_supported() { return __builtin_cpu_supports("avx512f"); }
-#endif  // __x86_64__
-
-constexpr DirectTarget kTargets[] = {
-    {"baseline", baseline::supported, baseline::kBlockVectors * baseline::kLanes, baseline::direct_run},
-#if defined(__x86_64__)
-    {"avx2", avx2_supported, avx2::kBlockVectors * avx2::kLanes, avx2::direct_run},
-    {"avx512", avx512_supported, avx512::kBlockVectors * avx512::kLanes, avx512::direct_run},
-#endif
-};
+const Target& choose_target() {
+  const Targets& all = targets();
+  const char* limit = std::getenv("REPVGG_CUDA_CPU_ISA");
+  const Target* best = all.rows[0];
+  std::string names;
+  for (int i = 0; i < all.size; ++i) {
+    if (all.rows[i]->supported()) best = all.rows[i];
+    if (limit != nullptr && std::strcmp(limit, all.rows[i]->name) == 0) return *best;
+    names += (i ? ", " : "") + std::string(all.rows[i]->name);
+  }
+  if (limit != nullptr) {
+    throw std::runtime_error("REPVGG_CUDA_CPU_ISA must be one of " + names + ", got '" + limit + "'");
+  }
+  return *best;
+}
 
 }  // namespace
 
-DirectTargets direct_targets() { return {kTargets, static_cast<int>(sizeof kTargets / sizeof *kTargets)}; }
+const Targets& targets() {
+#if defined(__x86_64__)
+  static const Targets all = {{&baseline::kTarget, &avx2::kTarget, &avx512::kTarget}, 3};
+#else
+  static const Targets all = {{&baseline::kTarget}, 1};
+#endif
+  return all;
+}
+
+const Target& target() {
+  static const Target& chosen = choose_target();
+  return chosen;
+}
+
+const char* target_name() { return target().name; }
+
+const char* supported_target(int i) {
+  const Targets& all = targets();
+  for (int j = 0; j < all.size; ++j) {
+    if (all.rows[j]->supported() && i-- == 0) return all.rows[j]->name;
+  }
+  return nullptr;
+}
 
 }  // namespace repvgg::cpu

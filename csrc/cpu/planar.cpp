@@ -1,21 +1,18 @@
 // SPDX-License-Identifier: MIT
-// The direct float32 row: when it applies, how the work is cut, staged and shared among threads.
+// The planar row, float32, pixels as vector lanes: when it applies, how the work is cut, staged and shared among
+// threads.
 //
 // A task is a strip of output rows of one image, for a range of output channels of one group. It stages the strip's
 // input rows with their zero border into its thread's workspace, channel by channel and, for stride 2, split by the
 // parity of row and column: then what a tap needs for consecutive outputs is consecutive in memory. A strip's positions
 // run over the border columns too (two of W + 2 are computed for nothing), so that no row has a tail of its own.
-#include "cpu/conv3x3_direct.h"
-
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
-#include <stdexcept>
-#include <string>
 
 #include "core/conv_algo.h"
 #include "core/epilogue.h"
-#include "cpu/algos.h"
+#include "cpu/blocked_row.h"
+#include "cpu/cost.h"
+#include "cpu/target.h"
 
 namespace repvgg::cpu {
 namespace {
@@ -25,59 +22,35 @@ constexpr int64_t kSumsBytes = 24 * 1024;    // of finished sums: they must stil
 constexpr int64_t kPadding = 256;            // floats past the end: the last block of a strip reads beyond it
 constexpr int64_t kAlign = 64;
 
-// The most capable instruction set that this CPU has, or at most the one that REPVGG_CUDA_CPU_ISA names (for tests).
-const DirectTarget& choose_target() {
-  const DirectTargets all = direct_targets();
-  const char* limit = std::getenv("REPVGG_CUDA_CPU_ISA");
-  const DirectTarget* best = &all.rows[0];
-  std::string names;
-  for (int i = 0; i < all.size; ++i) {
-    if (all.rows[i].supported()) best = &all.rows[i];
-    if (limit != nullptr && std::strcmp(limit, all.rows[i].name) == 0) return *best;
-    names += (i ? ", " : "") + std::string(all.rows[i].name);
-  }
-  if (limit != nullptr) {
-    throw std::runtime_error("REPVGG_CUDA_CPU_ISA must be one of " + names + ", got '" + limit + "'");
-  }
-  return *best;
-}
-
-const DirectTarget& target() {
-  static const DirectTarget& chosen = choose_target();
-  return chosen;
-}
-
-int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
 // How a problem is cut. Depends on the number of threads; the sums do not.
 struct Plan {
   int64_t strip_P;                       // output rows per strip
   int64_t phase_H, pitch, phase_stride;  // staged rows and columns of one parity, and their extent
   int64_t channel_stride;                // all parities
   int64_t positions;                     // per strip, rounded up to the target's block
-  int64_t strips, k_parts, k_per_part;   // per image and group; channels come in multiples of kDirectBlockK
+  int64_t strips, k_parts, k_per_part;   // per image and group; channels come in multiples of kPlanarBlockK
   int64_t stage_floats, sums_floats;     // of one thread
 
   Plan(const ConvProblem& prob, int threads) {
-    const int64_t s = prob.stride, C = prob.group_C(), block = target().block;
+    const int64_t s = prob.stride, C = prob.group_C(), block = target().planar_block;
     pitch = prob.Q() + (s == 1 ? 2 : 1);
-    const int64_t stage_row = C * s * s * pitch * 4, sums_row = kDirectBlockK * pitch * 4;
+    const int64_t stage_row = C * s * s * pitch * 4, sums_row = kPlanarBlockK * pitch * 4;
     strip_P = std::clamp<int64_t>(std::min(kStageBytes / stage_row, kSumsBytes / sums_row), 1, prob.P());
     strips = (prob.P() + strip_P - 1) / strip_P;
     strip_P = (prob.P() + strips - 1) / strips;  // of equal height
     strips = (prob.P() + strip_P - 1) / strip_P;
-    const int64_t k_blocks = (prob.group_K() + kDirectBlockK - 1) / kDirectBlockK;
+    const int64_t k_blocks = (prob.group_K() + kPlanarBlockK - 1) / kPlanarBlockK;
     const int64_t images = std::max<int64_t>(prob.N, 1) * prob.groups * strips;
     k_parts = std::clamp<int64_t>((2 * threads + images - 1) / images, 1, k_blocks);
     if (images % threads == 0) k_parts = 1;
-    k_per_part = (k_blocks + k_parts - 1) / k_parts * kDirectBlockK;
+    k_per_part = (k_blocks + k_parts - 1) / k_parts * kPlanarBlockK;
     k_parts = (prob.group_K() + k_per_part - 1) / k_per_part;
     phase_H = strip_P + (s == 1 ? 2 : 1);
     phase_stride = phase_H * pitch;
     channel_stride = s * s * phase_stride;
     positions = round_up(strip_P * pitch, block);
     stage_floats = round_up(C * channel_stride + kPadding, kAlign / 4);
-    sums_floats = round_up(kDirectBlockK * positions, kAlign / 4);
+    sums_floats = round_up(kPlanarBlockK * positions, kAlign / 4);
   }
 
   int64_t tasks(const ConvProblem& prob) const { return prob.N * prob.groups * strips * k_parts; }
@@ -161,7 +134,7 @@ void run_task(const ConvProblem& prob, const Plan& plan, const ConvArgs& args, i
   float* sums = workspace + plan.stage_floats;
   stage(prob, plan, n, group, p0, static_cast<const float*>(args.x), staged);
 
-  DirectStrip strip{staged, nullptr, sums, prob.group_C(), plan.channel_stride, plan.positions, {}};
+  PlanarStrip strip{staged, nullptr, sums, prob.group_C(), plan.channel_stride, plan.positions, {}};
   for (int r = 0; r < 3; ++r) {
     for (int s = 0; s < 3; ++s) {
       const int64_t stride = prob.stride, phase = r % stride * stride + s % stride;
@@ -170,11 +143,11 @@ void run_task(const ConvProblem& prob, const Plan& plan, const ConvArgs& args, i
   }
   const Epilogue epilogue{static_cast<const float*>(args.bias), prob.activation};
   const int64_t k_end = std::min((part + 1) * plan.k_per_part, prob.group_K());
-  for (int64_t k = part * plan.k_per_part; k < k_end; k += kDirectBlockK) {
-    const int count = static_cast<int>(std::min<int64_t>(kDirectBlockK, k_end - k));
+  for (int64_t k = part * plan.k_per_part; k < k_end; k += kPlanarBlockK) {
+    const int count = static_cast<int>(std::min<int64_t>(kPlanarBlockK, k_end - k));
     const int64_t k_out = group * prob.group_K() + k;
     strip.w = static_cast<const float*>(args.weight) + k_out * prob.group_C() * 9;
-    target().run(strip, count);
+    target().planar(strip, count);
     finish(prob, plan, epilogue, n, k_out, count, p0, rows, sums, static_cast<float*>(args.y));
   }
 }
@@ -183,16 +156,14 @@ Refusal refuse(const ConvProblem& prob, const Device&) {
   return prob.dtype == DType::kFloat32 ? nullptr : "x must be float32";
 }
 
-// Where it beat F.conv2d (oneDNN) on an AVX-512 machine, with 1 and 2 threads: with few input channels, where oneDNN's
-// layout conversions weigh (up to 3 times), on the 7x7 outputs of the last stage (1.3 to 2 times), and in problems so
-// small that calling into torch takes longer than computing. In between oneDNN is level or up to 1.3 times ahead, and
-// in channels_last always. `repvgg-cuda bench --suite notebook layers models` shows it.
-bool prefer(const ConvProblem& prob) {
-  const int64_t pixels = prob.P() * prob.Q();
-  const bool few_channels = prob.group_C() <= 16 && (prob.stride == 1 || prob.Q() <= 64);
-  const bool last_stage = pixels >= 36 && pixels <= 64;
-  const bool tiny = prob.N * prob.K * pixels * prob.group_C() <= 64 * 1024;
-  return prob.layout == Layout::kNCHW && (few_channels || last_stage || tiny);
+double cost(const ConvProblem& prob, const Device&, bool) {
+  const double speed = target().lanes / 8.0;
+  const double k = static_cast<double>(prob.K) / static_cast<double>(prob.group_K()) *
+                   static_cast<double>(round_up(prob.group_K(), kPlanarBlockK));
+  const double values = 9.0 * static_cast<double>(prob.N * prob.group_C() * prob.P() * (prob.Q() + 2)) * k;
+  const double strided = prob.layout == Layout::kNHWC ? 4 : 1;  // channels_last is read and written value by value
+  const double bytes = 4.0 * static_cast<double>(prob.N) * (prob.C * prob.H * prob.W + prob.K * prob.P() * prob.Q());
+  return kCallSeconds + values / (kPlanarProductsPerSecond * speed) + strided * bytes / kReorderBytesPerSecond;
 }
 
 int64_t workspace(const ConvProblem& prob, int threads) {
@@ -213,16 +184,6 @@ void launch(const ConvProblem& prob, const ConvArgs& args) {
 
 }  // namespace
 
-const char* target_name() { return target().name; }
-
-const char* supported_target(int i) {
-  const DirectTargets all = direct_targets();
-  for (int j = 0; j < all.size; ++j) {
-    if (all.rows[j].supported() && i-- == 0) return all.rows[j].name;
-  }
-  return nullptr;
-}
-
-extern const ConvAlgo kConv3x3Direct = {"direct", refuse, prefer, workspace, launch};
+extern const ConvAlgo kPlanarAlgo = {"planar", refuse, cost, no_bytes, no_pack, workspace, launch};
 
 }  // namespace repvgg::cpu

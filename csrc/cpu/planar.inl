@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Register-blocked sums of the direct convolution, over Vec. Included once per target, inside its namespace, after
+// Register-blocked sums of the planar convolution, over Vec. Included once per target, inside its namespace, after
 // simd.inl: no #include, no free names. RVG_BLOCK_VECTORS: vectors of positions per block, as registers allow.
 
 constexpr int kBlockVectors = RVG_BLOCK_VECTORS;
@@ -7,7 +7,7 @@ constexpr int kBlockVectors = RVG_BLOCK_VECTORS;
 // kCount channels x kBlockVectors vectors of positions stay in registers while all channels and taps are added, in the
 // order (c, r, s): one chain of multiply-adds per output, whatever the strip.
 template <int kCount>
-static void direct_strip(const DirectStrip& strip) {
+static void planar_strip(const PlanarStrip& strip) {
   for (int64_t i = 0; i < strip.positions; i += kBlockVectors * kLanes) {
     Vec sum[kCount][kBlockVectors] = {};
     const float* x = strip.x + i;
@@ -34,13 +34,13 @@ static void direct_strip(const DirectStrip& strip) {
   }
 }
 
-static void direct_run(const DirectStrip& strip, int count) {
+static void planar(const PlanarStrip& strip, int count) {
   switch (count) {
-    case 1: return direct_strip<1>(strip);
-    case 2: return direct_strip<2>(strip);
-    case 3: return direct_strip<3>(strip);
-    case 4: return direct_strip<4>(strip);
-    case 5: return direct_strip<5>(strip);
-    default: return direct_strip<kDirectBlockK>(strip);
+    case 1: return planar_strip<1>(strip);
+    case 2: return planar_strip<2>(strip);
+    case 3: return planar_strip<3>(strip);
+    case 4: return planar_strip<4>(strip);
+    case 5: return planar_strip<5>(strip);
+    default: return planar_strip<kPlanarBlockK>(strip);
   }
 }
