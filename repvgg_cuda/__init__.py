@@ -8,6 +8,7 @@ from repvgg_cuda.convert import reparameterize
 from repvgg_cuda.models import create_model, model_names
 from repvgg_cuda.modules import RepConv3x3, RepVGGBlock
 from repvgg_cuda.ops import ChainLayer, algorithms, conv3x3, conv3x3_chain, explain, fuse_weights, prepack, refusal
+from repvgg_cuda.preparation import prepare
 from repvgg_cuda.verification import verify
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "has_cuda_kernels",
     "model_names",
     "prepack",
+    "prepare",
     "refusal",
     "reparameterize",
     "verify",

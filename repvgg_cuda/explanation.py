@@ -115,11 +115,15 @@ def explain_rows(
 
 
 def layer_text(input_size: Sequence[int], weight: Tensor, stride: int, groups: int) -> str:
-    """``1x96x28x28 -> 96 channels, stride 2, groups 4, float32 on cpu``"""
+    """``1x96x28x28 -> 96 channels, stride 2, groups 4``"""
     text = f"{'x'.join(map(str, input_size))} -> {weight.shape[0]} channels"
     text += f", stride {stride}" if stride != 1 else ""
-    text += f", groups {groups}" if groups != 1 else ""
-    text += f", {dtype_name(weight.dtype)} on {weight.device}"
+    return text + (f", groups {groups}" if groups != 1 else "")
+
+
+def place_text(weight: Tensor) -> str:
+    """``float32 on cpu, 2 threads``: what else a predicted or measured time depends on."""
+    text = f"{dtype_name(weight.dtype)} on {weight.device}"
     if weight.device.type == "cpu":
         threads = torch.get_num_threads()
         text += f", {threads} thread{'s' if threads > 1 else ''}"

@@ -15,10 +15,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from repvgg_cuda import ops
 from repvgg_cuda.branches import require
 from repvgg_cuda.modules import RepVGGBlock, RepVGGplusBlock
+from repvgg_cuda.preparation import prepare
+from repvgg_cuda.prepared import Report
+from repvgg_cuda.runs import BlockSequence, RepVGGplusStage, run, unrolled
 
 # --------------------------------------------------------------------------------------------------------------- plan
 
@@ -116,21 +119,6 @@ class FeatureInfo(NamedTuple):
 # ----------------------------------------------------------------------------------------------------------- networks
 
 
-class BlockSequence(nn.Sequential):
-    """A run of blocks; with ``use_checkpoint``, their activations are recomputed in the backward pass of training."""
-
-    def __init__(self, blocks: Iterable[RepVGGBlock], use_checkpoint: bool = False) -> None:
-        super().__init__(*blocks)
-        self.use_checkpoint = use_checkpoint
-
-    def forward(self, x: Tensor) -> Tensor:
-        # Recomputing pays only where activations would be kept for a backward pass.
-        recompute = self.use_checkpoint and self.training and torch.is_grad_enabled()
-        for block in self:
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
-        return x
-
-
 class _Network(nn.Module):
     """What RepVGG and RepVGGplus share. A network is a chain of *segments*, runs of blocks; a stage is one or two."""
 
@@ -193,11 +181,23 @@ class _Network(nn.Module):
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """The feature maps of the stages in ``out_indices``, each ``[N, C, P, Q]`` as ``feature_info`` says."""
         features: dict[int, Tensor] = {}
-        for segment, stage in self._segments:
-            x = getattr(self, segment)(x)
-            if stage in self.out_indices:
-                features[stage] = x
+        blocks: list[nn.Module] = []
+        for i, (segment, stage) in enumerate(self._segments):
+            blocks.extend(unrolled(getattr(self, segment)))
+            ends = i + 1 == len(self._segments) or self._segments[i + 1][1] != stage
+            if ends and stage in self.out_indices:
+                x = features[stage] = run(blocks, x)
+                blocks = []
         return list(features.values())
+
+    def prepare(
+        self, example: Tensor | Sequence[Any] | None = None, *, memory: ops.Memory = "fast", tune: bool = False
+    ) -> Report:
+        """:func:`repvgg_cuda.prepare` of this network: packs its weights, and runs whole stretches of blocks as one.
+
+        A stretch ends where a feature map is asked for, and at blocks that are more than a convolution and a ReLU.
+        """
+        return prepare(self, example, memory=memory, tune=tune)
 
     def forward_head(self, x: Tensor) -> Tensor:
         """The last feature map -> logits ``[N, num_classes]``."""
@@ -267,18 +267,6 @@ class RepVGG(_Network):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         features = self.forward_features(x)
         return features if self.features_only else self.forward_head(features[-1])
-
-
-class RepVGGplusStage(nn.Module):
-    """A run of RepVGGplus blocks, ``blocks``."""
-
-    def __init__(self, blocks: Iterable[RepVGGplusBlock], use_checkpoint: bool = False) -> None:
-        super().__init__()
-        self.blocks = BlockSequence(blocks, use_checkpoint)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.blocks(x)
-        return y
 
 
 class RepVGGplus(_Network):

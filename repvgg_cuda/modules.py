@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from repvgg_cuda import ops
 from repvgg_cuda.branches import Branches, require
+from repvgg_cuda.prepared import PreparedWeights, Report, input_size, prepare_layer, report
 from repvgg_cuda.reference import ACTIVATIONS, output_format
 from repvgg_cuda.structure import pair, read_branches, refuse_hooks
 
@@ -37,6 +40,8 @@ class RepConv3x3(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    #: Set by :meth:`prepare`. An attribute of the class for layers pickled before there was one.
+    prepared: PreparedWeights | None = None
 
     def __init__(
         self,
@@ -91,7 +96,49 @@ class RepConv3x3(nn.Module):
             groups=self.groups,
             activation=self.activation,
             algorithm=self.algorithm,
+            packed=self.packed_for(x.shape),
         )
+
+    def prepare(
+        self, example: Tensor | Sequence[int] | None = None, *, memory: ops.Memory = "fast", tune: bool = False
+    ) -> Report:
+        """Packs the weight once, for the forwards in eval mode to come. Packed weights are never saved or copied.
+
+        They are made again by the next forward where the weight has changed since. Graphs of ``torch.compile`` and
+        ``torch.export`` do not ask: they raise where they see the change. Prepare before compiling.
+
+        Args:
+            example: an input, or its size ``[N, C_in, H, W]``, for which the algorithm is chosen; other sizes run on
+                it too. None: the first forward decides.
+            memory: ``"low"`` chooses among the algorithms whose packed weights are no larger than the weight.
+            tune: choose by measuring, which takes up to seconds, instead of by prediction.
+        Returns:
+            What was chosen among what. Print it.
+        Raises:
+            RuntimeError: the layer is in training mode, or does not fit ``example``.
+        """
+        require(
+            not self.training,
+            "prepare: the layer is in training mode, where packed weights are not used; call .eval() first",
+        )
+        size = None if example is None else input_size(example)
+        self.prepared = PreparedWeights(size, memory, tune)
+        return report([prepare_layer("", self, self.prepared, {})], [self], tune)
+
+    def packed_for(self, input_size: Sequence[int]) -> Tensor | None:
+        """Packed weights for an input of that size; None in training mode and without :meth:`prepare`."""
+        return None if self.prepared is None or self.training else self.prepared.packed_for(self, input_size)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RepConv3x3:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.prepared is not None:
+            self.prepared.drop()  # .to(), .half(), .cuda(): a new weight may even lie where the old one lay
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self.prepared is not None and self.prepared.packed is not None and not self.weight.is_meta:
+            self.packed_for(self.prepared.input_size or ())  # now: a compiled graph would not ask
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, stride={self.stride}"

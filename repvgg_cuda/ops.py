@@ -11,7 +11,7 @@ from torch import Tensor
 
 from repvgg_cuda import _ext, _registration, reference
 from repvgg_cuda.branches import Branches, require
-from repvgg_cuda.explanation import Explanation, explain_rows, layer_text
+from repvgg_cuda.explanation import Explanation, explain_rows, layer_text, place_text
 
 Activation = Literal["identity", "relu"]
 Memory = Literal["fast", "low"]
@@ -142,8 +142,23 @@ def conv3x3_chain(x: Tensor, layers: Sequence[ChainLayer], *, algorithm: str = "
         biases.append(none if bias is None else bias)
         packed.append(none if pack is None else pack)
     strides, groups = [layer.stride for layer in layers], [layer.groups for layer in layers]
-    activations = [reference.ACTIVATION_CODES[layer.activation] for layer in layers]
-    y: Tensor = _conv3x3_chain(x, weights, biases, packed, strides, groups, activations, algorithm)
+    activations = [layer.activation for layer in layers]
+    return run_chain(x, weights, biases, packed, strides, groups, activations, algorithm)
+
+
+def run_chain(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    packed: list[Tensor],
+    strides: list[int],
+    groups: list[int],
+    activations: list[Activation],
+    algorithm: str = "auto",
+) -> Tensor:
+    """:func:`conv3x3_chain` in the operator's own terms, for callers that know their tensors: empty ones say "none"."""
+    codes = [reference.ACTIVATION_CODES[activation] for activation in activations]
+    y: Tensor = _conv3x3_chain(x, weights, biases, packed, strides, groups, codes, algorithm)
     return y
 
 
@@ -252,7 +267,7 @@ def explain(
         channels_last=reference.output_format(x) == torch.channels_last,
         activation=activation,
     )
-    text = layer_text(tuple(x.shape), weight, stride, groups)
+    text = f"{layer_text(tuple(x.shape), weight, stride, groups)}, {place_text(weight)}"
     return Explanation(text, candidates, weight.numel() * weight.element_size(), prepared, memory)
 
 

@@ -198,6 +198,13 @@ def read_branches(block: nn.Module, path: str = "") -> tuple[Branches, int]:
     return Branches(tuple(parts), first.in_channels, first.out_channels, first.groups), first.stride[0]
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something of its own happens when ``module`` is called, before, after or in the backward pass."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 def refuse_hooks(block: nn.Module, path: str = "", *, itself: bool = False) -> None:
     """Raises UnfoldableError if a submodule of ``block`` (or ``itself``) has hooks, which would be lost with it.
 
@@ -207,7 +214,6 @@ def refuse_hooks(block: nn.Module, path: str = "", *, itself: bool = False) -> N
     for name, module in block.named_modules():
         if name.split(".")[0] in ("se", "post_se"):
             continue
-        hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-        if any(hooks) and (name or itself):
+        if has_hooks(module) and (name or itself):
             where = _join(path, name) if name else path or "the block"
             raise UnfoldableError(f"{where} has hooks, which folding would lose; remove them first")

@@ -25,15 +25,20 @@ uint64_t fingerprint(const Tensor& weight) {
   if (!weight.is_cpu()) return 0;
   const int64_t last = weight.numel() - 1, bytes = weight.element_size();
   const auto* data = static_cast<const char*>(weight.const_data_ptr());
+  std::array<int64_t, 4> size{}, stride{};
+  for (int64_t d = 0; d < 4; ++d) {
+    size[d] = weight.size(d);
+    stride[d] = weight.stride(d) * bytes;
+  }
   uint64_t hash = 0xcbf29ce484222325;
   for (int64_t i = 0; i < kSamples; ++i) {
     int64_t index = last * i / (kSamples - 1), offset = 0;
-    for (int64_t d = 3; d >= 0; --d) {
-      offset += index % weight.size(d) * weight.stride(d);
-      index /= weight.size(d);
+    for (int d = 3; d >= 0; --d) {
+      offset += index % size[d] * stride[d];
+      index /= size[d];
     }
     uint64_t bits = 0;
-    std::memcpy(&bits, data + offset * bytes, static_cast<size_t>(bytes));
+    std::memcpy(&bits, data + offset, static_cast<size_t>(bytes));
     hash = (hash ^ bits) * 0x100000001b3;
   }
   return hash;
