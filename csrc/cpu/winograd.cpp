@@ -7,6 +7,7 @@
 // on one block, which is as high as pays for reading the weights, and split first its channels, then its output
 // channels. Every output is computed by the same operations in the same order, however the work is cut.
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "core/winograd_points.h"
@@ -270,7 +271,7 @@ Refusal refuse(const ConvProblem& prob, const Device&) {
 
 template <WinogradScheme kScheme>
 double cost(const ConvProblem& prob, const Device&, bool packed) {
-  if (kScheme == kWinograd6) return 1e9;  // less accurate: only where it is asked for
+  if (kScheme == kWinograd6) return INFINITY;  // less accurate: only where it is asked for
   const Scheme scheme = scheme_of(kScheme);
   double rows = 0, cols = 0;  // products per row and column
   const auto count = [&](int64_t outputs, double* sum) {
