@@ -281,7 +281,9 @@ def add_time(row: Row, timed: dict[str, timing.Timing], divisor: int, clock: tim
 
 def as_table(rows: Sequence[Row]) -> Table:
     first = rows[0]
-    table = Table(title=f"{first.suite}: {first.case}, batch {first.batch}, {first.threads} threads", title_justify="left")
+    table = Table(
+        title=f"{first.suite}: {first.case}, batch {first.batch}, {first.threads} threads", title_justify="left"
+    )
     for column in ("candidate", "median", "p10 .. p90", "time / ours", "interval", "error"):
         table.add_column(column, justify="left" if column == "candidate" else "right")
     for row in rows:

@@ -76,7 +76,9 @@ class Plain(nn.Module):
         if network.head is not None:
             weight, bias = network.head
             linear = nn.Linear(weight.shape[1], weight.shape[0])
-            linear.weight, linear.bias = (nn.Parameter(tensor.clone(), requires_grad=False) for tensor in (weight, bias))
+            linear.weight, linear.bias = (
+                nn.Parameter(tensor.clone(), requires_grad=False) for tensor in (weight, bias)
+            )
             modules += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear]
         self.body = nn.Sequential(*modules)
         self.eval()
@@ -224,9 +226,7 @@ def write_ncnn(network: Network, param: Path, weights: Path) -> str:
             grouped = "ConvolutionDepthWise" if layer.groups > 1 else "Convolution"
             # 0 outputs, 1 kernel, 3 stride, 4 padding, 5 bias, 6 weights, 7 groups, 9 activation (1 = ReLU)
             groups = f" 7={layer.groups}" if layer.groups > 1 else ""
-            lines.append(
-                f"{grouped} conv{i} 1 1 {blob} y{i} 0={k} 1=3 3={layer.stride} 4=1 5=1 6={count}{groups} 9=1"
-            )
+            lines.append(f"{grouped} conv{i} 1 1 {blob} y{i} 0={k} 1=3 3={layer.stride} 4=1 5=1 6={count}{groups} 9=1")
             assert layer.bias is not None
             save(layer.weight, layer.bias)
             blob = f"y{i}"
