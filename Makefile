@@ -17,14 +17,14 @@ test: $(VENV)/.built
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*/*)
+	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*/* tests/native/*)
 	$(PY) tests/check_includes.py
 	$(PY) -m mypy
 
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/clang-format -i $(wildcard csrc/*/*)
+	$(VENV)/bin/clang-format -i $(wildcard csrc/*/* tests/native/*)
 
 # Every default architecture, warnings and register spills are errors; then what the binary holds is checked.
 cuda-build: $(VENV)/.dev

@@ -52,7 +52,8 @@ def conv3x3(
     Raises:
         RuntimeError: arguments disagree, or the named ``algorithm`` refuses them; the message says which and why.
     Note:
-        Sums in float32 or wider (float64 for float64). NaN and Inf go where F.conv2d and relu put them. Differentiable,
+        Sums in float32 or wider (float64 for float64). NaN and Inf go where F.conv2d and relu put them, but a
+        Winograd row may make every output of a tile NaN that has one such input. Differentiable,
         twice; works under ``torch.func.vmap`` (not ``torch.func.grad``, which torch.library's autograd does not know).
         Under autocast ``x`` and ``weight`` take the autocast dtype. Source: RepVGG, arXiv:2101.03697, sec. 3.3.
     """

@@ -222,11 +222,13 @@ int chain_length(const ChainLayer* layers, int n) {
 }
 
 int64_t chain_workspace(const ChainLayer* layers, int n, int threads) {
+  if (layers[0].prob.N == 0) return 0;
   const std::vector<Segment> segments = cut(layers, n, threads);
   return 4 * (2 * handover_floats(layers, segments) + segments_floats(layers, segments, threads)) + kAlign;
 }
 
 void run_chain(const ChainLayer* layers, int n, const ChainArgs& args) {
+  if (layers[0].prob.N == 0) return;
   const std::vector<Segment> segments = cut(layers, n, args.threads);
   const auto address = reinterpret_cast<uintptr_t>(args.workspace);
   auto* const base = reinterpret_cast<float*>((address + kAlign - 1) / kAlign * kAlign);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 // The CUDA table: the rows in order of preference.
-#include "cuda/algos.h"
-
 #include <algorithm>
+
+#include "cuda/algos.h"
 
 namespace repvgg::cuda {
 
@@ -14,7 +14,8 @@ double aten_cost(const ConvProblem& prob, const Device&) {
   const auto inputs = static_cast<double>(prob.N * prob.C * prob.H * prob.W);
   const auto weights = static_cast<double>(prob.K * prob.group_C() * 9);
   const double bytes = sizeof(float) * (inputs + outputs + weights);  // float32: the rows refuse the rest
-  return kLaunch + std::max(bytes / kBytesPerSecond, 18 * outputs * static_cast<double>(prob.group_C()) / kFlopsPerSecond);
+  return kLaunch +
+         std::max(bytes / kBytesPerSecond, 18 * outputs * static_cast<double>(prob.group_C()) / kFlopsPerSecond);
 }
 
 AlgoTable algos() {
