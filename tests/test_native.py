@@ -102,6 +102,10 @@ def test_sanitizers(sanitized_driver: Path, isa: str) -> None:
     check_report(run(sanitized_driver, "--quick", env={"REPVGG_CUDA_CPU_ISA": isa}), isa)
 
 
+@pytest.mark.skipif(
+    os.environ.get("REPVGG_CUDA_TEST_AARCH64", "0") in ("", "0"),
+    reason="emulation takes many minutes: set REPVGG_CUDA_TEST_AARCH64=1",
+)
 def test_aarch64(tmp_path: Path) -> None:
     missing = [package for tool, package in AARCH64_TOOLS.items() if shutil.which(tool) is None]
     if missing:
