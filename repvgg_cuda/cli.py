@@ -19,10 +19,12 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor, nn
 
-from repvgg_cuda import bench, checkpoint, demo, info, verification
+from repvgg_cuda import bench, checkpoint, demo, info, ops, testing, verification
 from repvgg_cuda._version import __version__
 from repvgg_cuda.branches import require
 from repvgg_cuda.models import create_model, model_names
+from repvgg_cuda.packed import MEMORY
+from repvgg_cuda.preparation import prepare
 
 INTERRUPTED = 130  # what shells report for a program that Ctrl-C ended: 128 + SIGINT
 
@@ -74,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         return subparser
 
     _add_info_arguments(add("info", _info, "Show versions, build, machine, and the algorithms available on it"))
+    _add_explain_arguments(add("explain", _explain, "Show which algorithm a layer runs on, and why not the others"))
     _add_convert_arguments(add("convert", _convert, "Fold a checkpoint in train form into deploy form"))
     _add_verify_arguments(add("verify", _verify, "Compare a trained and a deployed checkpoint layer by layer"))
     bench.add_arguments(add("bench", bench.run, "Time blocks and networks before and after folding"))
@@ -98,6 +101,36 @@ def _add_info_arguments(parser: argparse.ArgumentParser) -> None:
 def _info(args: argparse.Namespace) -> int:
     facts = info.collect()
     print(json.dumps(facts, indent=2) if args.json else info.render(facts))
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------------- explain
+
+
+def _add_explain_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--layer", type=_layer, metavar="N,C,H,W,K", required=True, help="batch, input channels, size, output channels"
+    )
+    parser.add_argument("--stride", type=int, choices=(1, 2), default=1, help="default: %(default)s")
+    parser.add_argument("--groups", type=_positive, default=1, metavar="G", help="default: %(default)s")
+    parser.add_argument("--prepared", action="store_true", help="as after prepare(): packing the weights costs nothing")
+    parser.add_argument(
+        "--memory", choices=MEMORY, default="fast", help="low: packed weights no larger than the weight"
+    )
+
+
+def _layer(text: str) -> tuple[int, ...]:
+    numbers = text.split(",")
+    if len(numbers) != 5 or not all(number.isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(f"must be five numbers N,C,H,W,K, got {text}")
+    return tuple(map(_positive, numbers))
+
+
+def _explain(args: argparse.Namespace) -> int:
+    batch, channels, height, width, outputs = args.layer
+    case = testing.Case("layer", batch, channels, height, width, outputs, args.stride, args.groups)
+    x, weight = torch.empty(case.x_size), torch.empty(case.weight_size)
+    print(ops.explain(x, weight, stride=args.stride, groups=args.groups, prepared=args.prepared, memory=args.memory))
     return 0
 
 
@@ -176,6 +209,7 @@ def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=_positive, default=1, metavar="N", help="random images (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the random images (default: %(default)s)")
     parser.add_argument("--images", type=Path, nargs="+", metavar="FILE", help="compare on these, not on random images")
+    parser.add_argument("--prepare", action="store_true", help="first prepare DEPLOYED for these images, and show how")
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -184,8 +218,12 @@ def _verify(args: argparse.Namespace) -> int:
         trained = _load_model(args.model, args.trained, "train")
         show(f"loading {args.deployed}")
         deployed = _load_model(args.model, args.deployed, "deploy")
+        inputs = _inputs(args, trained)
+        if args.prepare:
+            show("preparing")
+            print(prepare(deployed, inputs.to(next(deployed.parameters()).dtype)))
         show("comparing layer by layer")
-        result = verification.verify(trained, deployed, _inputs(args, trained))
+        result = verification.verify(trained, deployed, inputs)
     Console().print(result.render())
     return 0 if result.ok else 1
 

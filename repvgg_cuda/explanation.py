@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from repvgg_cuda import _ext
@@ -19,9 +18,9 @@ from repvgg_cuda.packed import MEMORY
 class Candidate:
     """One algorithm for one layer.
 
-    ``refusal`` says why it cannot run the layer, else None. ``seconds`` is the predicted time: infinite where
-    ``"auto"`` never takes the algorithm, None where it is refused or nothing is predicted. ``packed_bytes``: of its
-    packed weights, 0 where it reads weights as they are. ``chosen``: ``"auto"`` takes it.
+    ``refusal`` says why it cannot run the layer, else None. ``seconds`` is the predicted time, on a CPU that of one
+    thread: infinite where ``"auto"`` never takes the algorithm, None where it is refused or nothing is predicted.
+    ``packed_bytes``: of its packed weights, 0 where it reads weights as they are. ``chosen``: ``"auto"`` takes it.
     """
 
     name: str
@@ -122,12 +121,8 @@ def layer_text(input_size: Sequence[int], weight: Tensor, stride: int, groups: i
 
 
 def place_text(weight: Tensor) -> str:
-    """``float32 on cpu, 2 threads``: what else a predicted or measured time depends on."""
-    text = f"{dtype_name(weight.dtype)} on {weight.device}"
-    if weight.device.type == "cpu":
-        threads = torch.get_num_threads()
-        text += f", {threads} thread{'s' if threads > 1 else ''}"
-    return text
+    """``float32 on cpu``"""
+    return f"{dtype_name(weight.dtype)} on {weight.device}"
 
 
 def time_text(seconds: float | None) -> str:

@@ -16,10 +16,14 @@ import torch
 from repvgg_cuda import _ext, environment, testing
 from repvgg_cuda._version import __version__
 from repvgg_cuda.branches import dtype_name
-from repvgg_cuda.ops import algorithms, refusal
+from repvgg_cuda.explanation import Candidate
+from repvgg_cuda.ops import algorithms, explain
 
-#: The layer on which an algorithm is asked whether it runs here: stage 2 of RepVGG-A0 at 224 px.
-PROBE = next(case for case in testing.REPVGG_LAYERS if case.name == "A0-stage2")
+#: The layers on which an algorithm is asked whether it runs here, of RepVGG-A0 at 224 px: it answers for the first that
+#: it takes.
+PROBES = [
+    next(case for case in testing.REPVGG_LAYERS if case.name == name) for name in ("A0-stage2", "A0-stage1.0", "stem")
+]
 
 
 def collect() -> dict[str, Any]:
@@ -73,20 +77,34 @@ def _cuda_devices() -> list[dict[str, Any]]:
 
 
 def _algorithm(name: str, device: str) -> dict[str, Any]:
-    """Whether an algorithm runs on this machine: the dtypes it takes for :data:`PROBE`, why it refuses the others."""
+    """Whether an algorithm runs on this machine: the dtypes it takes for one of :data:`PROBES`, why it refuses others.
+
+    ``packed``: how many times the bytes of the weight its packed weights have; 0 where it packs none.
+    """
     why_not = _why_no_cuda() if device == "cuda" else None
-    refusals = {dtype_name(dtype): why_not or _refusal(name, device, dtype) for dtype in testing.DTYPES}
+    if why_not is not None:
+        refusals: dict[str, str | None] = {dtype_name(dtype): why_not for dtype in testing.DTYPES}
+        return _row(name, refusals, 0.0)
+    candidates = [_candidate(name, device, torch.float32, probe) for probe in PROBES]
+    index = next((i for i, candidate in enumerate(candidates) if candidate.refusal is None), 0)
+    refusals = {dtype_name(dtype): _candidate(name, device, dtype, PROBES[index]).refusal for dtype in testing.DTYPES}
+    weight_bytes = 4 * PROBES[index].K * PROBES[index].terms
+    return _row(name, refusals, round(candidates[index].packed_bytes / weight_bytes, 2))
+
+
+def _row(name: str, refusals: Mapping[str, str | None], packed: float) -> dict[str, Any]:
     return {
         "name": name,
         "available": not all(refusals.values()),
         "dtypes": [dtype for dtype, why in refusals.items() if why is None],
         "refusals": {dtype: why for dtype, why in refusals.items() if why is not None},
+        "packed": packed,
     }
 
 
-def _refusal(name: str, device: str, dtype: torch.dtype) -> str | None:
-    x, weight, _ = PROBE.tensors(dtype, device)
-    return refusal(name, x, weight, stride=PROBE.stride, groups=PROBE.groups)
+def _candidate(name: str, device: str, dtype: torch.dtype, probe: testing.Case) -> Candidate:
+    x, weight = (torch.empty(size, dtype=dtype, device=device) for size in (probe.x_size, probe.weight_size))
+    return explain(x, weight, stride=probe.stride, groups=probe.groups)[name]
 
 
 # ------------------------------------------------------------------------------------------------------------ text
@@ -115,7 +133,7 @@ def render(info: Mapping[str, Any]) -> str:
         facts = {row["name"]: _algorithm_text(row) for row in rows}
         if list(facts) == ["aten"]:
             facts["others"] = f"none: {_why_only_aten(info, device)}"
-        title = f"Algorithms on {device}, in the order 'auto' considers them, for a layer of RepVGG-A0"
+        title = f"Algorithms on {device}, each on a layer of RepVGG-A0 that it takes"
         sections.append(_section(title, facts))
     return "\n\n".join(sections)
 
@@ -145,7 +163,8 @@ def _algorithm_text(row: Mapping[str, Any]) -> str:
     if not row["available"] and len(dtypes_by_reason) == 1:
         return f"not available: {next(iter(dtypes_by_reason))}"
     refused = [f"not {', '.join(dtypes)}: {why}" for why, dtypes in dtypes_by_reason.items()]
-    return "; ".join([", ".join(row["dtypes"]) or "not available", *refused])
+    packed = [f"packed weights {row['packed']:.2g}x"] if row["packed"] else []
+    return "; ".join([", ".join(row["dtypes"]) or "not available", *refused, *packed])
 
 
 def _why_only_aten(info: Mapping[str, Any], device: str) -> str:

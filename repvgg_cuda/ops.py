@@ -191,7 +191,7 @@ def fuse_weights(
 
 
 def algorithms(device: str | torch.device = "cpu") -> list[str]:
-    """The names that ``conv3x3(algorithm=...)`` takes on such a device, in the order ``"auto"`` considers them."""
+    """The names that ``conv3x3(algorithm=...)`` takes on such a device; :func:`explain` says which one "auto" takes."""
     device_type = torch.device(device).type
     if _ext.module is None or device_type not in ("cpu", "cuda"):
         return ["aten"]
@@ -269,6 +269,7 @@ def explain(
         activation=activation,
     )
     text = f"{layer_text(tuple(x.shape), weight, stride, groups)}, {place_text(weight)}"
+    text += ", times of one thread" if x.device.type == "cpu" else ""
     return Explanation(text, candidates, weight.numel() * weight.element_size(), prepared, memory)
 
 

@@ -217,7 +217,7 @@ class Report:
 
     entries: tuple[Entry, ...]
     tuned: bool
-    place: str  # dtype, device, threads
+    place: str  # dtype, device, threads where they matter
 
     @property
     def weight_bytes(self) -> int:
@@ -267,7 +267,10 @@ def _seconds(candidate: Candidate) -> float:
 def report(entries: Sequence[Entry], layers: Sequence[Layer], tuned: bool) -> Report:
     """The report on layers of one model, of one dtype and device."""
     weight = next((w for layer in layers if (w := layer._parameters.get("weight")) is not None), None)
-    return Report(tuple(entries), tuned, "" if weight is None else place_text(weight))
+    place = "" if weight is None else place_text(weight)
+    if weight is not None and weight.device.type == "cpu":  # a prediction is for one thread
+        place += f", threads: {torch.get_num_threads() if tuned else 1}"
+    return Report(tuple(entries), tuned, place)
 
 
 def prepare_layer(path: str, layer: Layer, prepared: PreparedWeights, measured: Measured) -> Entry:

@@ -40,6 +40,14 @@ class Case:
         return f"{self.name}-{self.N}x{self.C}x{self.H}x{self.W}-k{self.K}s{self.stride}{groups}"
 
     @property
+    def x_size(self) -> tuple[int, int, int, int]:
+        return self.N, self.C, self.H, self.W
+
+    @property
+    def weight_size(self) -> tuple[int, int, int, int]:
+        return self.K, self.C // self.groups, 3, 3
+
+    @property
     def terms(self) -> int:
         """Products summed in one output: 9 * C_in / groups."""
         return 9 * self.C // self.groups
@@ -55,8 +63,8 @@ class Case:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Random ``(x, weight, bias)``; the weights are scaled so that outputs are of order 1."""
         generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(self.N, self.C, self.H, self.W, generator=generator)
-        weight = torch.randn(self.K, self.C // self.groups, 3, 3, generator=generator) / self.terms**0.5
+        x = torch.randn(self.x_size, generator=generator)
+        weight = torch.randn(self.weight_size, generator=generator) / self.terms**0.5
         bias = torch.randn(self.K, generator=generator)
         return x.to(device, dtype), weight.to(device, dtype), bias.to(device, dtype)
 

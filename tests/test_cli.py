@@ -109,7 +109,7 @@ def test_help_names_every_subcommand(capsys: Capture) -> None:
     with pytest.raises(SystemExit, match="^0$"):
         cli.main(["--help"])
     text = capsys.readouterr().out
-    assert all(f"\n    {name} " in text for name in ("info", "convert", "verify", "bench", "demo"))
+    assert all(f"\n    {name} " in text for name in ("info", "explain", "convert", "verify", "bench", "demo"))
 
 
 @pytest.mark.parametrize(
@@ -120,6 +120,10 @@ def test_help_names_every_subcommand(capsys: Capture) -> None:
         (["convert", "in.pth"], "the following arguments are required: OUT"),
         (["convert", "in.pth", "out.pth", "--eps", "small"], "argument --eps: invalid float value: 'small'"),
         (["convert", "in.pth", "out.pth", "--model", "RepVGG-Z9"], "argument --model: invalid choice: 'RepVGG-Z9'"),
+        (["explain"], "the following arguments are required: --layer"),
+        (["explain", "--layer", "1,3,8,8"], "argument --layer: must be five numbers N,C,H,W,K, got 1,3,8,8"),
+        (["explain", "--layer", "1,3,8,-8,4"], "argument --layer: must be five numbers N,C,H,W,K, got 1,3,8,-8,4"),
+        (["explain", "--layer", "0,3,8,8,4"], "argument --layer: must be at least 1, got 0"),
         (["verify", "a.pth", "b.pth"], "the following arguments are required: --model"),
         (["verify", "a.pth", "b.pth", "--model", "RepVGG-A0", "--batch", "0"], "argument --batch: must be at least 1"),
     ],
@@ -232,7 +236,14 @@ def test_info_as_json(capsys: Capture) -> None:
         "available": True,
         "dtypes": ["float64", "float32", "float16", "bfloat16"],
         "refusals": {},
+        "packed": 0.0,
     }
+    packed = {row["name"]: row["packed"] for row in facts["algorithms"]["cpu"]}
+    if _ext.module is not None:  # each on a layer that it takes
+        assert all(row["available"] for row in facts["algorithms"]["cpu"])
+        assert packed["planar"] == 0
+        assert packed["direct"] == 1
+        assert packed["winograd4"] == 4
 
 
 def test_info_as_text(capsys: Capture) -> None:
@@ -277,13 +288,34 @@ def test_info_text_of_devices_and_refusals() -> None:
             "available": True,
             "dtypes": ["float32"],
             "refusals": {"float64": "dtype must be float32", "float16": "dtype must be float32", "bfloat16": "too new"},
+            "packed": 0.0,
         },
-        {"name": "winograd", "available": False, "dtypes": [], "refusals": {"float32": "groups", "float16": "dtype"}},
+        {
+            "name": "winograd",
+            "available": False,
+            "dtypes": [],
+            "refusals": {"float32": "groups", "float16": "dtype"},
+            "packed": 4.0,
+        },
     ]
     text = info.render(facts)
     assert "  cuda:0     NVIDIA X, compute capability 9.0, 132 multiprocessors, 80.0 GiB" in text
     assert "  direct    float32; not float64, float16: dtype must be float32; not bfloat16: too new" in text
-    assert "  winograd  not available; not float32: groups; not float16: dtype" in text
+    assert "  winograd  not available; not float32: groups; not float16: dtype; packed weights 4x" in text
+
+
+# -------------------------------------------------------------------------------------------------------- explain
+
+
+def test_explain(capsys: Capture) -> None:
+    x, weight = torch.empty(2, 16, 15, 14), torch.empty(24, 8, 3, 3)
+    layer = ("explain", "--layer", "2,16,15,14,24", "--groups", 2)
+    text = str(repvgg_cuda.explain(x, weight, groups=2))
+    assert run(capsys, *layer) == (0, f"{text}\n", "")
+    text = str(repvgg_cuda.explain(x, weight, groups=2, stride=2, prepared=True, memory="low"))
+    assert run(capsys, *layer, "--stride", 2, "--prepared", "--memory", "low") == (0, f"{text}\n", "")
+    message = "conv3x3: groups must divide C_in and C_out, got groups=5, C_in=16, C_out=24"
+    assert error_of(capsys, "explain", "--layer", "2,16,15,14,24", "--groups", 5) == message
 
 
 # -------------------------------------------------------------------------------------------------------- convert
@@ -488,6 +520,14 @@ def test_verify(capsys: Capture, small: Path) -> None:
     assert (status, err) == (0, "")
     for block in ("stage0", "stage1.0", "stage2.0", "stage2.1", "stage3.0", "stage4.0"):
         assert block in out
+
+
+def test_verify_prepared(capsys: Capture, small: Path) -> None:
+    status, out, err = run(capsys, *verify_arguments(small, "--image-size", 40, "--prepare"))
+    assert (status, err) == (0, "")
+    assert out.splitlines()[0].split()[:3] == ["layer", "input", "algorithm"]
+    assert "\nprepared " in out
+    assert "all " in out.split("\nprepared ")[1]
 
 
 @pytest.mark.parametrize("key", ["stage2.1.rbr_reparam.bias", "stage4.0.rbr_reparam.weight"])
