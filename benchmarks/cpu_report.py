@@ -71,15 +71,21 @@ def as_csv(rows: Sequence[Row], record: dict[str, Any]) -> str:
 def draw(rows: Sequence[Row], out: Path) -> None:
     """Per case a group of bars: how many times as long as ours each candidate takes."""
     picture.require_matplotlib()
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     compared = [(row, row.ratio) for row in rows if row.ratio is not None and row.candidate != peers.OURS]
     if not compared:
         return
     groups = list(dict.fromkeys((row.case, row.batch, row.threads) for row, _ in compared))
-    names = list(dict.fromkeys(row.candidate for row, _ in compared))
+    order = [peer.name for peer in peers.PEERS]
+    names = [*order, *dict.fromkeys(row.candidate for row, _ in compared if row.candidate not in order)]
+    names = [name for name in names if any(row.candidate == name for row, _ in compared)]
     figure = Figure(figsize=(max(7.0, 1.5 * len(groups) + 2), 4.5), layout="constrained", dpi=130)
     panel = figure.subplots()
+    panel.set_prop_cycle(
+        color=[colormaps["tab20"](i) for i in range(20)]
+    )  # more candidates than the default has colours
     for i, name in enumerate(names):
         chosen = [(row, ratio) for row, ratio in compared if row.candidate == name]
         places = [groups.index((row.case, row.batch, row.threads)) + 0.8 * i / len(names) for row, _ in chosen]
@@ -88,7 +94,7 @@ def draw(rows: Sequence[Row], out: Path) -> None:
     labels = [f"{case}\nbatch {batch}, {threads} thr." for case, batch, threads in groups]
     panel.set_xticks([i + 0.4 for i in range(len(groups))], labels, fontsize=7)
     panel.set_ylabel("time / ours")
-    panel.legend(fontsize=7, ncols=4)
+    figure.legend(loc="outside lower center", fontsize=7, ncols=6)
     panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(out)
 
