@@ -17,7 +17,7 @@ from torch import Tensor
 
 from repvgg_cuda import ops
 from repvgg_cuda.branches import Branches, require
-from repvgg_cuda.prepared import PreparedWeights, Report, input_size, prepare_layer, report
+from repvgg_cuda.prepared import PreparedWeights, Report, prepare_alone
 from repvgg_cuda.reference import ACTIVATIONS, output_format
 from repvgg_cuda.structure import pair, read_branches, refuse_hooks
 
@@ -117,13 +117,7 @@ class RepConv3x3(nn.Module):
         Raises:
             RuntimeError: the layer is in training mode, or does not fit ``example``.
         """
-        require(
-            not self.training,
-            "prepare: the layer is in training mode, where packed weights are not used; call .eval() first",
-        )
-        size = None if example is None else input_size(example)
-        self.prepared = PreparedWeights(size, memory, tune)
-        return report([prepare_layer("", self, self.prepared, {})], [self], tune)
+        return prepare_alone(self, example, memory, tune)
 
     def packed_for(self, input_size: Sequence[int]) -> Tensor | None:
         """Packed weights for an input of that size; None in training mode and without :meth:`prepare`."""

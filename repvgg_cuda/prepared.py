@@ -7,6 +7,7 @@ state: ``state_dict`` does not know them, copies and pickles make their own.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -18,6 +19,8 @@ from torch import Tensor
 from repvgg_cuda import ops, timing
 from repvgg_cuda.branches import require
 from repvgg_cuda.explanation import Candidate, aligned, byte_text, explain_rows, layer_text, place_text, time_text
+from repvgg_cuda.packed import read
+from repvgg_cuda.reference import check_prepack
 
 #: Samples of each candidate where the choice is by measurement.
 TUNE_ROUNDS = 15
@@ -33,6 +36,8 @@ class Layer(Protocol):
     groups: int
     activation: ops.Activation
     algorithm: str
+    training: bool
+    prepared: PreparedWeights | None
     _parameters: dict[str, nn.Parameter | None]
 
 
@@ -67,6 +72,7 @@ class PreparedWeights:
         self.input_size, self.memory, self.tune = input_size, memory, tune
         self.choice: _Choice | None = None  # stays when the values of the weight change
         self._made: _Made | None = None  # replaced as a whole: several threads may run the layer
+        self._making = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.input_size, self.memory, self.tune)
@@ -96,22 +102,27 @@ class PreparedWeights:
         if type(weight) is not nn.Parameter:
             return None
         if made is None or made.weight is not weight or made.state != _state(weight, layer.algorithm):
-            self._made = made = self._make(layer, weight, input_size, measured)
+            made = self._make(layer, weight, input_size, measured)
         return made.packed
 
     def _make(self, layer: Layer, weight: nn.Parameter, input_size: Sequence[int], measured: Measured | None) -> _Made:
-        size = self.input_size = self.input_size or tuple(map(int, input_size))
-        state, choice = _state(weight, layer.algorithm), self.choice
-        kind = state[2:]
-        # Not inference tensors, even if this is the first call and in inference mode: autograd could not keep them.
-        with torch.inference_mode(False), torch.no_grad():
-            if choice is None or choice.kind != kind:
-                candidates = self._candidates(layer, weight, size, {} if measured is None else measured)
-                name = next((c.name for c in candidates if c.chosen), layer.algorithm)  # an unknown one is refused next
-                choice = _Choice(name, candidates, kind)
-            packed = _prepack(layer, weight, size, choice.algorithm, self.memory)
-        self.choice = choice
-        return _Made(packed, weight, state)
+        with self._making:
+            state, made = _state(weight, layer.algorithm), self._made
+            if made is not None and made.weight is weight and made.state == state:
+                return made  # another thread was first
+            size = self.input_size or tuple(map(int, input_size))
+            check_prepack(weight, size, layer.stride, layer.groups, layer.algorithm, self.memory)
+            # No inference tensors, even if this is the first call and in inference mode: autograd could not keep them.
+            with torch.inference_mode(False), torch.no_grad():
+                choice, kind = self.choice, state[2:]
+                if choice is None or choice.kind != kind:
+                    candidates = self._candidates(layer, weight, size, {} if measured is None else measured)
+                    # An algorithm that is unknown is refused next.
+                    name = next((c.name for c in candidates if c.chosen), layer.algorithm)
+                    choice = _Choice(name, candidates, kind)
+                packed = _prepack(layer, weight, size, choice.algorithm, self.memory)
+            self.input_size, self.choice, self._made = size, choice, _Made(packed, weight, state)
+            return self._made
 
     def _candidates(
         self, layer: Layer, weight: nn.Parameter, size: tuple[int, ...], measured: Measured
@@ -276,8 +287,25 @@ def prepare_layer(path: str, layer: Layer, prepared: PreparedWeights, measured: 
     return Entry(path, text, algorithm, candidates, weight_bytes, packed_bytes)
 
 
-def input_size(example: Tensor | Sequence[int]) -> tuple[int, ...]:
-    """``[N, C_in, H, W]`` of an input, or given as such."""
-    size = tuple(int(n) for n in (example.shape if isinstance(example, Tensor) else example))
-    require(len(size) == 4, f"prepare: example must be an input [N, C_in, H, W] or its size, got {list(size)}")
-    return size
+def prepare_alone(layer: Layer, example: Tensor | Sequence[int] | None, memory: ops.Memory, tune: bool) -> Report:
+    """:meth:`repvgg_cuda.RepConv3x3.prepare`."""
+    require(
+        not layer.training,
+        "prepare: the layer is in training mode, where packed weights are not used; call .eval() first",
+    )
+    size = None if example is None else tuple(int(n) for n in getattr(example, "shape", example))
+    layer.prepared = PreparedWeights(size, memory, tune)
+    return report([prepare_layer("", layer, layer.prepared, {})], [layer], tune)
+
+
+def algorithm_for(layer: Layer, x: Tensor) -> str:
+    """The algorithm on which ``layer`` runs ``x``."""
+    weight = layer._parameters["weight"]
+    assert weight is not None
+    if layer.prepared is not None and not layer.training:
+        packed = layer.prepared.packed_for(layer, x.shape)
+        if packed is not None:
+            return read(packed).algorithm
+    if layer.algorithm != "auto":
+        return layer.algorithm
+    return ops.explain(x, weight, stride=layer.stride, groups=layer.groups).chosen.name

@@ -24,6 +24,7 @@ from torch import Tensor
 from repvgg_cuda import testing
 from repvgg_cuda.branches import Branches, dtype_name, require
 from repvgg_cuda.modules import RepConv3x3
+from repvgg_cuda.prepared import algorithm_for
 from repvgg_cuda.structure import (
     BRANCH_NAMES,
     UnfoldableError,
@@ -288,7 +289,7 @@ def _layer_row(path: str, block: nn.Module, conv: Conv, x64: Tensor) -> Row:
         conv = copy.copy(conv)  # shares the weights
         conv.activation = "identity"  # behind a ReLU, a fault in a channel that these inputs leave dead would not show
     got = conv(x).double()
-    algorithm = conv.algorithm if isinstance(conv, RepConv3x3) else "aten"
+    algorithm = algorithm_for(conv, x) if isinstance(conv, RepConv3x3) else "aten"
     weight_bound, bias_bound = testing.fold_bound(branches, conv.weight.dtype)
     bound = (
         testing.error_bound(x, conv.weight, conv.bias, stride, branches.groups, algorithm)

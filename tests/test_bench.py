@@ -234,7 +234,11 @@ def test_json_has_its_schema(report_file: Path) -> None:
     }  # fmt: skip
     for row in report["rows"]:
         assert set(row) == set(ROW_TYPES)
-        assert row["status"] == ("refused" if "polyphase" in row["candidate"] else "ok"), row  # stride 1
+        if "polyphase" in row["candidate"]:  # the notebook's stride is 1
+            assert row["status"] == "refused", row
+            assert row["median_us"] is None, row
+            continue
+        assert row["status"] == "ok", row
         assert {key: type(value) for key, value in row.items()} == {key: ROW_TYPES[key] for key in row}
     machine = report["environment"]
     assert machine["threads"] == torch.get_num_threads()
