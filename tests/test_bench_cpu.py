@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from repvgg_cuda import RepConv3x3, digits, reparameterize
+
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -43,17 +45,102 @@ def test_relative_error(scripts: tuple[Any, Any]) -> None:
     assert bench_cpu.relative_error(torch.tensor([1.0, math.nan]), want) == math.inf
 
 
-def test_goals_are_geometric_means_over_all_layers(scripts: tuple[Any, Any]) -> None:
+def test_goals_speak_of_every_case(scripts: tuple[Any, Any]) -> None:
     bench_cpu, _ = scripts
     ratios = [1.0, 4.0, 2.0, 2.0, 2.0, 2.0, 2.0]
     rows = [
         bench_cpu.Row("layers", f"{c}@{s}", 1, 1, "ncnn", "ok", ratio=ratio)
         for (c, s), ratio in zip(bench_cpu.LAYERS, ratios, strict=True)
     ]
-    ((_, ratio, reach, beyond),) = bench_cpu.goal_rows(rows)
-    assert ratio == pytest.approx(2)
-    assert (reach, beyond) == (1.8, 2.1)
-    assert bench_cpu.goal_rows(rows[1:]) == []
+    rows.append(bench_cpu.Row("models", "RepVGG-B1", 1, 2, "ncnn", "ok", ratio=1.5))
+    measured = {goal: ratio for goal in bench_cpu.GOALS if (ratio := bench_cpu.goal_ratio(rows, goal)) is not None}
+    assert {(goal.case, goal.threads): ratio for goal, ratio in measured.items()} == {
+        ("geometric mean", 1): pytest.approx(2),
+        ("slowest", 1): 1,
+        ("RepVGG-B1", 2): 1.5,
+    }
+    # With one layer missing neither the mean nor the slowest is known.
+    assert [goal.case for goal in bench_cpu.GOALS if bench_cpu.goal_ratio(rows[1:], goal) is not None] == ["RepVGG-B1"]
+
+
+def test_what_would_fail_late_is_refused_before_timing(
+    scripts: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench_cpu, _ = scripts
+    monkeypatch.setattr(bench_cpu, "time_case", lambda *_: pytest.fail("timed"))
+    (tmp_path / "file").touch()
+    for arguments, message in (
+        (["--out", str(tmp_path / "file")], "--out must be a directory"),
+        (["--out", str(tmp_path), "--batch", "0"], "must be at least 1"),
+        (["--out", str(tmp_path), "--pause", "-1"], "--pause must not be negative"),
+    ):
+        assert bench_cpu.main(["--quick", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_results_of_the_cases_before_a_crash_are_there(
+    scripts: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench_cpu, _ = scripts
+    pytest.importorskip("matplotlib")
+    row = bench_cpu.Row("layers", "first", 1, 1, "eager", "ok", ratio=2.0)
+    results = iter([[row]])
+    monkeypatch.setattr(bench_cpu, "LAYERS", ((4, 4), (8, 4)))
+    monkeypatch.setattr(bench_cpu, "time_case", lambda *_: next(results))
+    with pytest.raises(StopIteration):
+        bench_cpu.main(["--suite", "layers", "--out", str(tmp_path)])
+    assert "layers,first,1,1,eager" in (tmp_path / "bench_cpu.csv").read_text()
+
+
+def test_a_model_is_prepared_as_a_copy(scripts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, peers = scripts
+    deployed: Any = reparameterize(digits.load_trained()).model
+    prepared: list[torch.nn.Module] = []
+    prepare = peers.prepare
+
+    def note(model: torch.nn.Module, *args: Any, **options: Any) -> object:
+        prepared.append(model)
+        return prepare(model, *args, **options)
+
+    monkeypatch.setattr(peers, "prepare", note)
+    x = torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        y = peers.ours(peers.Network([], deployed=deployed), x, 1)()
+        torch.testing.assert_close(y, deployed(x))
+    (copy,) = prepared
+    assert prepared_layers(copy) == len(deployed.blocks())
+    assert prepared_layers(deployed) == 0
+
+
+def prepared_layers(model: torch.nn.Module) -> int:
+    return sum(isinstance(module, RepConv3x3) and module.prepared is not None for module in model.modules())
+
+
+def test_building_a_candidate_leaves_compiled_ones_alone(
+    scripts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else they would be compiled again in the warm-up of the timing, which may end before they are warm."""
+    bench_cpu, peers = scripts
+    network, x = bench_cpu.stack(4, 4, 1, depth=1)
+    compilations = 0
+
+    def backend(graph: torch.fx.GraphModule, example: list[torch.Tensor]) -> Any:
+        nonlocal compilations
+        compilations += 1
+        return graph.forward
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compile_(model, backend=backend, dynamic=False))
+    with torch.inference_mode():
+        runs = [peers.compiled(network, x, 1), peers.compiled_max(network, x, 1)]
+        for run in runs:
+            run()
+        needed = compilations
+        assert needed > 0
+        peers.compiled(network, x, 1)  # built, and not run
+        for run in runs:
+            run()
+    assert compilations == needed
 
 
 def test_files_noise_row_missing_and_wrong_candidates(
