@@ -17,6 +17,17 @@ struct Device {
   bool present;
   int index;
   int threads;  // CPU threads to use; unused on a GPU
+  // Of a GPU: compute capability, 80 for 8.0, and number of multiprocessors. 0: unknown, or no GPU.
+  int capability = 0, multiprocessors = 0;
+};
+
+// How a row would launch on a GPU: what `explain`, the performance model and the tests read.
+struct LaunchPlan {
+  int64_t blocks;
+  int threads, shared_bytes;   // of a block
+  int tile_k, tile_p, tile_q;  // outputs that a block computes: channels, rows, columns
+  int images;                  // images that share a tile's row
+  int split;                   // blocks that share the sum over the input channels
 };
 
 // Calls f(0) ... f(n - 1), each once, on up to as many CPU threads as there are, and waits for them.
@@ -47,6 +58,8 @@ struct ConvAlgo {
   int64_t (*workspace)(const ConvProblem&, int threads);
   // Throws std::runtime_error if the launch fails.
   void (*launch)(const ConvProblem&, const ConvArgs&);
+  // How launch would do it; nullptr on a CPU.
+  LaunchPlan (*plan)(const ConvProblem&, const Device&) = nullptr;
 };
 
 inline int64_t no_bytes(const ConvProblem&) { return 0; }

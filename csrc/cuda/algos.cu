@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cuda/algos.h"
+#include "cuda/device.cuh"
 
 namespace repvgg::cuda {
 
@@ -16,6 +17,12 @@ double aten_cost(const ConvProblem& prob, const Device&) {
   const double bytes = sizeof(float) * (inputs + outputs + weights);  // float32: the rows refuse the rest
   return kLaunch +
          std::max(bytes / kBytesPerSecond, 18 * outputs * static_cast<double>(prob.group_C()) / kFlopsPerSecond);
+}
+
+Device device(int index) {
+  Device device{true, index, 1};
+  describe_gpu(index, &device.capability, &device.multiprocessors);
+  return device;
 }
 
 AlgoTable algos() {

@@ -10,6 +10,9 @@ namespace repvgg::cuda {
 // In order of preference. F.conv2d ("aten", that is cuDNN) comes after the last row: it belongs to ops/.
 AlgoTable algos();
 
+// What the rows need to know of the GPU with this index. Throws std::runtime_error if it cannot be asked.
+Device device(int index);
+
 // The predicted time of F.conv2d in seconds: no measurement, the larger of its byte and FLOP floors on a current GPU.
 // It is there to be compared with, not to be believed.
 double aten_cost(const ConvProblem& prob, const Device& device);

@@ -49,11 +49,18 @@ double cost(const ConvProblem& prob, const Device& device, bool) {
   return aten_cost(prob, device) * (prob.group_C() <= 32 ? 0.9 : 1.1);
 }
 
+LaunchPlan plan(const ConvProblem& prob, const Device&) {
+  return with_traits(prob, [&](auto traits) {
+    using T = decltype(traits);
+    return LaunchPlan{grid_size<T>(prob), T::kThreads, T::kSharedBytes, T::kBlockK, T::kTileP, T::kTileQ, 1, 1};
+  });
+}
+
 void launch(const ConvProblem& prob, const ConvArgs& args) {
   with_traits(prob, [&](auto traits) {
     using T = decltype(traits);
     const Epilogue epilogue{static_cast<const float*>(args.bias), prob.activation};
-    launch_kernel("conv3x3 direct", conv3x3_direct_kernel<T>, static_cast<unsigned>(grid_size<T>(prob)), T::kThreads,
+    launch_kernel("conv3x3 direct", conv3x3_direct_kernel<T>, {static_cast<unsigned>(grid_size<T>(prob)), T::kThreads},
                   args.stream, prob, static_cast<const float*>(args.x), static_cast<const float*>(args.weight),
                   epilogue, static_cast<float*>(args.y));
   });
@@ -61,6 +68,6 @@ void launch(const ConvProblem& prob, const ConvArgs& args) {
 
 }  // namespace
 
-extern const ConvAlgo kConv3x3Direct = {"direct", refuse, cost, no_bytes, no_pack, no_workspace, launch};
+extern const ConvAlgo kConv3x3Direct = {"direct", refuse, cost, no_bytes, no_pack, no_workspace, launch, plan};
 
 }  // namespace repvgg::cuda

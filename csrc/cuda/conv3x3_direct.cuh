@@ -36,7 +36,8 @@ struct Conv3x3DirectTraits {
   static constexpr int kWeightPitch = kBlockK + 4;  // keeps 16-byte alignment, spreads the staging stores over banks
 
   static_assert(kTileQ % kThreadQ == 0 && kThreads % kSegments == 0, "threads cover the tile");
-  static_assert((kChunkC * kChannelSize + kChunkC * 9 * kWeightPitch) * 4 <= 48 * 1024, "fits in static shared memory");
+  static constexpr int kSharedBytes = (kChunkC * kChannelSize + kChunkC * 9 * kWeightPitch) * 4;
+  static_assert(kSharedBytes <= 48 * 1024, "fits in static shared memory");
 };
 
 // Where the block works. Channel blocks vary fastest, so that neighbours in time share the input tile in L2.
@@ -134,8 +135,8 @@ template <class T>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
     conv3x3_direct_kernel(const ConvProblem prob, const float* x, const float* weight, const Epilogue epilogue,
                           float* y) {
-  __shared__ __align__(16) float tile_x[T::kChunkC * T::kChannelSize];
-  __shared__ __align__(16) float tile_w[T::kChunkC * 9 * T::kWeightPitch];
+  RVG_SHARED(float, tile_x, [T::kChunkC * T::kChannelSize]);
+  RVG_SHARED(float, tile_w, [T::kChunkC * 9 * T::kWeightPitch]);
   const Conv3x3DirectTile<T> tile(prob, blockIdx.x);
   const int segment = static_cast<int>(threadIdx.x) % T::kSegments;
   const int k_thread = static_cast<int>(threadIdx.x) / T::kSegments * T::kThreadK;

@@ -12,7 +12,7 @@ constexpr int kFuseBlocksPerSM = 8;  // 64 registers a thread
 static_assert(kFuseThreads > kMaxBranches, "one thread per branch scale, and one for the sum's");
 
 __global__ void __launch_bounds__(kFuseThreads, kFuseBlocksPerSM) fuse_weights_kernel(const FoldProblem prob) {
-  __shared__ double scales[kMaxBranches + 1];  // the last one belongs to the BatchNorm on the sum
+  RVG_SHARED(double, scales, [kMaxBranches + 1]);  // the last one belongs to the BatchNorm on the sum
   const int thread = static_cast<int>(threadIdx.x);
   const int64_t k = blockIdx.x;
 

@@ -62,6 +62,9 @@ AlgoTable algos_for(const std::string& device_type) {
 const char* device_type(const Tensor& tensor) { return tensor.is_cuda() ? "cuda" : "cpu"; }
 
 Device device_of(const Tensor& tensor) {
+#ifdef RVG_WITH_CUDA
+  if (tensor.is_cuda()) return cuda::device(tensor.get_device_index());
+#endif
   const int threads = tensor.is_cuda() ? 1 : static_cast<int>(torch::stable::get_num_threads());
   return {true, tensor.get_device_index(), threads};
 }
