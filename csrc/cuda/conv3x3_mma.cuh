@@ -18,6 +18,8 @@
 // columns fill tiles of 16. Four columns lie between two images in shared memory, of which two are their zero borders.
 #pragma once
 
+#include <climits>
+
 #include "core/epilogue.h"
 #include "cuda/device.cuh"
 #include "cuda/mma_tiles.h"
@@ -97,60 +99,64 @@ struct Conv3x3MmaTile {
   __device__ int column_of(int v) const { return q0 + v - image_of(v) * W; }
 };
 
-// Where half `half` of a pixel lies in the halo. The halves of every other four columns are swapped: then any 8
-// neighbours of a row lie in different banks, and rows need no padding. `image` gaps lie before the column.
+// A pixel's chunk is 32 bytes of the halo. Its halves are swapped in every other four columns: then any 8 neighbours of
+// a row lie in different banks, and rows need no padding. `image` gaps lie before the column.
 template <class T>
-__device__ __forceinline__ int conv3x3_mma_halo_byte(int row, int column, int image, int half) {
-  const int swap = (column - T::kJoinGap * image) >> 2 & 1;
-  return (row * T::kHaloW + column) * kChunkBytes + (half ^ swap) * 16;
+__device__ __forceinline__ int conv3x3_mma_swap(int column, int image) {
+  return (column - T::kJoinGap * image) >> 2 & 1;
 }
 
 // ------------------------------------------------------------------------------------ producer: copies to shared
 // memory
 
+// Thread t copies the 16 bytes t, t + kThreads, ... of the halo and of a column of weights.
 template <class T>
 struct Conv3x3MmaProducer {
-  const char* weight;       // the thread's first 16 bytes of the next stage
-  SharedAddress weight_to;  // the same in slot 0
-  uint32_t stage_stride;
-  const char* from[T::kHaloCopies];  // the thread's pixels, half of a chunk of each
-  SharedAddress to[T::kHaloCopies];
-  bool inside[T::kHaloCopies];  // the image
-  int chunks;                   // those that have channels for the thread's half
+  static constexpr int kOutside = INT_MIN;
+
+  const char* weight;  // the thread's first bytes of the next column
+  uint32_t column_stride;
+  const char* x;             // the next chunk of the tile's first pixel
+  int from[T::kHaloCopies];  // what the thread copies, in bytes from there; kOutside the image
+  uint32_t padding;          // bit j: in the next chunk from[j] is padding
+  SharedAddress to;          // of the first copy into the first buffer
 
   // Zeroes what lies outside the image, in both buffers.
   __device__ __forceinline__ Conv3x3MmaProducer(const Conv3x3MmaParams& params, const Conv3x3MmaTile<T>& tile,
-                                                int first_chunk, int end_chunk, SharedAddress shared) {
-    const int thread = static_cast<int>(threadIdx.x), half = thread % 2;
-    static_assert(T::kThreads % 2 == 0, "a thread copies the same half of all its pixels");
+                                                int first_chunk, SharedAddress shared)
+      : padding(0), to(shared + threadIdx.x * 16) {
+    const int thread = static_cast<int>(threadIdx.x);
     const PackedLayout layout(params.groups, params.group_C, params.group_K, T::kChunkC);
     weight =
         static_cast<const char*>(params.packed) + layout.offset(tile.group, first_chunk, 0, tile.k16) + thread * 16;
-    weight_to = shared + 2 * T::kHaloBytes + thread * 16;
-    stage_stride = static_cast<uint32_t>(layout.column_stride());
+    column_stride = static_cast<uint32_t>(layout.column_stride());
 
-    const bool last_is_empty = half == 1 && end_chunk == layout.chunks && params.group_C % T::kChunkC != 0;
-    chunks = end_chunk - first_chunk - (last_is_empty ? 1 : 0);
-    const int channel = tile.group * params.group_C + first_chunk * T::kChunkC;
+    const int first_h = tile.p0 * T::kStride, first_w = tile.q0 * T::kStride;
+    const int pixel_bytes = params.C * T::kElementBytes;
+    const int64_t first = (static_cast<int64_t>(tile.n) * params.H + first_h) * params.W + first_w;
+    x = static_cast<const char*>(params.x) + first * pixel_bytes +
+        (tile.group * params.group_C + first_chunk * T::kChunkC - layout.padding) * T::kElementBytes;
+    const bool padded = first_chunk == 0 && layout.padding > 0;  // then it is the lower half of the chunk
 #pragma unroll
     for (int j = 0; j < T::kHaloCopies; ++j) {
       const int pixel = (thread + j * T::kThreads) / 2, row = pixel / T::kHaloW, column = pixel % T::kHaloW;
-      int image = 0, h = tile.p0 * T::kStride + row - 1, w = tile.q0 * T::kStride - 1 + column;
+      int image = 0, h = first_h + row - 1, w = first_w + column - 1;
       if constexpr (T::kJoined) {
         image = (tile.q0 + column) / (params.W + T::kJoinGap);
         w -= image * (params.W + T::kJoinGap);
       } else if constexpr (T::kStride == 2) {
         w += column < T::kOddColumns ? column : column - 2 * T::kOddColumns + 1;
       }
-      to[j] = shared + conv3x3_mma_halo_byte<T>(row, column, image, half);
-      const bool mine = pixel < T::kHaloPixels;
-      inside[j] = mine && h >= 0 && h < params.H && w >= 0 && w < params.W && tile.n + image < params.N;
-      if (mine && !inside[j]) {
-        store_shared_16(to[j], 0, 0, 0, 0);
-        store_shared_16(to[j] + T::kHaloBytes, 0, 0, 0, 0);
+      const int half = thread % 2 ^ conv3x3_mma_swap<T>(column, image);
+      if (padded && half == 0) padding |= 1u << j;
+      from[j] = ((image * params.H + h - first_h) * params.W + w - first_w) * pixel_bytes + half * 16;
+      if (pixel >= T::kHaloPixels) {
+        from[j] = kOutside;
+      } else if (h < 0 || h >= params.H || w < 0 || w >= params.W || tile.n + image >= params.N) {
+        from[j] = kOutside;
+        store_shared_16(to + j * T::kThreads * 16, 0, 0, 0, 0);
+        store_shared_16(to + j * T::kThreads * 16 + T::kHaloBytes, 0, 0, 0, 0);
       }
-      const int64_t at = inside[j] ? (static_cast<int64_t>(tile.n + image) * params.H + h) * params.W + w : 0;
-      from[j] = static_cast<const char*>(params.x) + (at * params.C + channel) * T::kElementBytes + half * 16;
     }
   }
 
@@ -160,19 +166,33 @@ struct Conv3x3MmaProducer {
 #pragma unroll
     for (int j = 0; j < T::kWeightCopies; ++j) {
       if ((j + 1) * T::kThreads <= kCopies || static_cast<int>(threadIdx.x) + j * T::kThreads < kCopies) {
-        copy_async_16(weight_to + slot * T::kStageBytes + j * T::kThreads * 16, weight + j * T::kThreads * 16);
+        copy_async_16(to + 2 * T::kHaloBytes + slot * T::kStageBytes + j * T::kThreads * 16,
+                      weight + j * T::kThreads * 16);
       }
     }
-    weight += stage_stride;
+    weight += column_stride;
   }
 
-  // Starts copying the halo of the next chunk, the block's i-th.
-  __device__ __forceinline__ void load_halo(int i, SharedAddress buffer) {
+  // Starts copying the halo of the next chunk.
+  __device__ __forceinline__ void load_halo(SharedAddress buffer) {
+    const SharedAddress first = to + buffer;
 #pragma unroll
     for (int j = 0; j < T::kHaloCopies; ++j) {
-      if (inside[j]) copy_async_16_or_zero(to[j] + buffer, from[j], i < chunks ? 16 : 0);
-      from[j] += kChunkBytes;
+      from[j] = computed_again(from[j]);  // else 2 registers hold each address
+      if (from[j] != kOutside) copy_async_16(first + j * T::kThreads * 16, x + from[j]);
     }
+    x += kChunkBytes;
+  }
+
+  // The same for the block's first chunk, into the first buffer.
+  __device__ __forceinline__ void load_first_halo() {
+#pragma unroll
+    for (int j = 0; j < T::kHaloCopies; ++j) {
+      const bool channels = (padding >> j & 1) == 0;
+      if (from[j] != kOutside && channels) copy_async_16(to + j * T::kThreads * 16, x + from[j]);
+      if (from[j] != kOutside && !channels) store_shared_16(to + j * T::kThreads * 16, 0, 0, 0, 0);
+    }
+    x += kChunkBytes;
   }
 };
 
@@ -214,7 +234,7 @@ struct Conv3x3MmaConsumer {
 #pragma unroll
     for (int s = 0; s < 3; ++s) {
       const int column = T::kStride == 2 ? v + s / 2 + s % 2 * T::kOddColumns : v + s + image * T::kJoinGap;
-      pixels[s] = shared + conv3x3_mma_halo_byte<T>(row, column, image, half);
+      pixels[s] = shared + (row * T::kHaloW + column) * kChunkBytes + (half ^ conv3x3_mma_swap<T>(column, image)) * 16;
     }
     const SharedAddress ring = shared + 2 * T::kHaloBytes + warp.lane * 16;
     weights = ring + warp.fragment(0) * kTapColumnBytes;
@@ -351,22 +371,21 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM) conv3x3_mma_kern
   const SharedAddress shared = shared_address(dynamic_shared());
   const int index = static_cast<int>(blockIdx.x) % params.tiles, part = static_cast<int>(blockIdx.x) / params.tiles;
   const int all_chunks = (params.group_C + T::kChunkC - 1) / T::kChunkC;
-  const int first_chunk = part * params.split_chunks;
-  const int end_chunk = min(first_chunk + params.split_chunks, all_chunks), chunks = end_chunk - first_chunk;
+  const int first_chunk = part * params.split_chunks, chunks = min(params.split_chunks, all_chunks - first_chunk);
   const Conv3x3MmaTile<T> tile(params, index);
   const Conv3x3MmaWarp<T> warp;
   const Consumer consumer(tile, warp, shared);
-  Conv3x3MmaProducer<T> producer(params, tile, first_chunk, end_chunk, shared);
+  Conv3x3MmaProducer<T> producer(params, tile, first_chunk, shared);
 
   // A group of copies for each column of weights; the halo of the chunk after next travels with column 2.
   producer.load_weights(0);
   wait_for_previous_kernel();  // it may have written x, not the weights
-  producer.load_halo(0, 0);
+  producer.load_first_halo();
   commit_copies();
   producer.load_weights(1);
   commit_copies();
   producer.load_weights(2);
-  if (chunks > 1) producer.load_halo(1, T::kHaloBytes);
+  if (chunks > 1) producer.load_halo(T::kHaloBytes);
   commit_copies();
   let_next_kernel_start();
 
@@ -395,7 +414,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM) conv3x3_mma_kern
           __syncthreads();  // the next column is complete; this one is in registers, so its slot is free, and after
                             // column 2 the chunk's halo
           if (chunk + 1 < chunks) producer.load_weights(s);
-          if (s == 2 && chunk + 2 < chunks) producer.load_halo(chunk + 2, buffer);
+          if (s == 2 && chunk + 2 < chunks) producer.load_halo(buffer);
           commit_copies();
           if (s == 2) buffer = T::kHaloBytes - buffer;
           consumer.load_pixels(b[(stage + 1) & 1], (s + 1) % 3, buffer);  // after the last column: not used
@@ -407,7 +426,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM) conv3x3_mma_kern
   }
 
   if (params.split == 1) {
-    const Conv3x3MmaOutput<T> output(params, tile, warp);
+    const Conv3x3MmaOutput<T> output(params, Conv3x3MmaTile<T>(params, computed_again(index)), Conv3x3MmaWarp<T>());
 #pragma unroll
     for (int j = 0; j < T::kRows; ++j) output.store(j, sum[j]);
     return;
@@ -443,6 +462,44 @@ __global__ void __launch_bounds__(T::kThreads) conv3x3_mma_sum_kernel(const Conv
     }
   }
   output.store(j, sum);
+}
+
+// ---------------------------------------------------------------------------------------------------------------- host
+
+template <MmaType kType, int kIndex>
+using Conv3x3MmaTraitsOf =
+    Conv3x3MmaTraits<kType, kMmaTiles[kIndex].tiles_m, kMmaTiles[kIndex].warps_m, kMmaTiles[kIndex].rows,
+                     kMmaTiles[kIndex].warps_p, kMmaTiles[kIndex].warps_q, kMmaTiles[kIndex].stride,
+                     kMmaTiles[kIndex].joined>;
+
+struct Conv3x3MmaEntry {
+  bool (*has_code)();
+  void (*launch)(const Conv3x3MmaParams&, bool overlap, void* stream);
+};
+
+// The kernels of one type, in the order of kMmaTiles; null where a tile is not compiled for it. Each type has a file of
+// its own, so that they are compiled side by side.
+extern const Conv3x3MmaEntry kConv3x3MmaFloat16[], kConv3x3MmaBFloat16[], kConv3x3MmaTF32[];
+
+template <MmaType kType, int kIndex>
+constexpr Conv3x3MmaEntry conv3x3_mma_entry() {
+  constexpr MmaTile kTile = kMmaTiles[kIndex];
+  if constexpr (kType == MmaType::kTF32 && !kTile.tf32) {
+    return {nullptr, nullptr};
+  } else {
+    using T = Conv3x3MmaTraitsOf<kType, kIndex>;
+    return {[] { return has_code(conv3x3_mma_kernel<T>); },
+            [](const Conv3x3MmaParams& params, bool overlap, void* stream) {
+              const auto tiles = static_cast<unsigned>(params.tiles);
+              launch_kernel("conv3x3 mma", conv3x3_mma_kernel<T>,
+                            {tiles * params.split, T::kThreads, T::kSharedBytes, overlap}, stream, params);
+              if constexpr (kTile.split) {
+                if (params.split == 1) return;
+                launch_kernel("conv3x3 mma, sum of the parts", conv3x3_mma_sum_kernel<T>,
+                              {tiles * T::kRows, T::kThreads, 0, overlap}, stream, params);
+              }
+            }};
+  }
 }
 
 }  // namespace repvgg::cuda

@@ -122,6 +122,13 @@ __device__ __forceinline__ void store_global_4(void* p, uint32_t a) {
   asm volatile("st.global.b32 [%0], %1;" ::"l"(p), "r"(a) : "memory");
 }
 
+// The same value. The compiler does not see that, so what is derived from it is computed again instead of being kept in
+// registers through a loop.
+__device__ __forceinline__ int computed_again(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // Starts copying 16 bytes into shared memory; the bytes are there for the calling thread after the wait that covers
 // their group, for the others after a barrier behind it. sm_75 has no asynchronous copy: there it is done at once.
 __device__ __forceinline__ void copy_async_16(SharedAddress to, const void* from) {
