@@ -76,8 +76,11 @@ LaunchPlan plan(const ConvProblem& prob, const Device& device) {
           tile.tile_q(), images,         plan.split};
 }
 
-void launch(const ConvProblem& prob, const ConvArgs& args) {
-  const MmaPlan plan = plan_mma(prob, args.device);
+void launch(const ConvProblem& prob, const ConvArgs& args) { launch_mma(prob, args, plan_mma(prob, args.device)); }
+
+}  // namespace
+
+void launch_mma(const ConvProblem& prob, const ConvArgs& args, const MmaPlan& plan) {
   Conv3x3MmaParams params;
   params.x = args.x;
   params.packed = args.packed;
@@ -104,8 +107,6 @@ void launch(const ConvProblem& prob, const ConvArgs& args) {
   params.split_chunks = plan.split_chunks;
   entry_of(prob, plan.tile).launch(params, /*overlap=*/args.device.capability >= 90, args.stream);
 }
-
-}  // namespace
 
 extern const ConvAlgo kConv3x3Mma = {"mma", refuse, cost, mma_packed_bytes, mma_pack, workspace, launch, plan};
 extern const ConvAlgo kConv3x3MmaTF32Row = {"mma_tf32", refuse_tf32, cost_tf32, mma_packed_bytes,

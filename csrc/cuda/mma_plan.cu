@@ -27,14 +27,6 @@ double bytes_moved(const ConvProblem& prob) {
 
 double outputs(const ConvProblem& prob) { return static_cast<double>(prob.N * prob.P() * prob.Q() * prob.K); }
 
-bool fits(const MmaTile& tile, const ConvProblem& prob) {
-  if (tile.stride != prob.stride) return false;
-  if (prob.dtype == DType::kFloat32 && !tile.tf32) return false;
-  if (tile.joined && (prob.N < 2 || prob.W < MmaTile::kMinJoinedW || prob.N * prob.W > 1 << 30)) return false;
-  // Pairs of fragments begin at multiples of 32 channels.
-  return tile.tile_k() % 32 == 0 || prob.group_K() <= tile.tile_k();
-}
-
 // Clocks of a multiprocessor for one chunk of one block.
 double chunk_clocks(const MmaTile& tile, const ConvProblem& prob, const GpuRates& gpu) {
   const bool tf32 = prob.dtype == DType::kFloat32;
@@ -46,7 +38,18 @@ double chunk_clocks(const MmaTile& tile, const ConvProblem& prob, const GpuRates
                    copied / gpu.l2_bytes});
 }
 
-MmaPlan plan_tile(int index, int split, const ConvProblem& prob, const GpuRates& gpu) {
+}  // namespace
+
+bool mma_tile_fits(const MmaTile& tile, const ConvProblem& prob) {
+  if (tile.stride != prob.stride) return false;
+  if (prob.dtype == DType::kFloat32 && !tile.tf32) return false;
+  if (tile.joined && (prob.N < 2 || prob.W < MmaTile::kMinJoinedW || prob.N * prob.W > 1 << 30)) return false;
+  // Pairs of fragments begin at multiples of 32 channels.
+  return tile.tile_k() % 32 == 0 || prob.group_K() <= tile.tile_k();
+}
+
+MmaPlan plan_mma_tile(int index, int split, const ConvProblem& prob, const Device& device) {
+  const GpuRates gpu = rates_of(device);
   const MmaTile& tile = kMmaTiles[index];
   const int64_t chunks = ceil_div(prob.group_C(), prob.dtype == DType::kFloat32 ? 8 : 16);
   MmaPlan plan;
@@ -72,18 +75,15 @@ MmaPlan plan_tile(int index, int split, const ConvProblem& prob, const GpuRates&
   return plan;
 }
 
-}  // namespace
-
 MmaPlan plan_mma(const ConvProblem& prob, const Device& device) {
-  const GpuRates gpu = rates_of(device);
   const int64_t chunks = ceil_div(prob.group_C(), prob.dtype == DType::kFloat32 ? 8 : 16);
   MmaPlan best;
   for (int index = 0; index < kMmaTileCount; ++index) {
     const MmaTile& tile = kMmaTiles[index];
-    if (!fits(tile, prob)) continue;
+    if (!mma_tile_fits(tile, prob)) continue;
     for (const int split : {1, 2, 3, 4, 6, 8, 12, 16}) {
       if (split > 1 && (!tile.split || split > chunks)) break;
-      const MmaPlan plan = plan_tile(index, split, prob, gpu);
+      const MmaPlan plan = plan_mma_tile(index, split, prob, device);
       if (best.tile < 0 || plan.seconds < best.seconds) best = plan;
     }
   }

@@ -25,6 +25,13 @@ struct MmaPlan {
 // The fastest by the model. Depends on nothing but its arguments.
 MmaPlan plan_mma(const ConvProblem& prob, const Device& device);
 
+// Whether this tile can compute the problem, and how it would. `split`: at most so many parts.
+bool mma_tile_fits(const MmaTile& tile, const ConvProblem& prob);
+MmaPlan plan_mma_tile(int tile, int split, const ConvProblem& prob, const Device& device);
+
+// Launches as planned, with the workspace that the plan asks for.
+void launch_mma(const ConvProblem& prob, const ConvArgs& args, const MmaPlan& plan);
+
 // The predicted time of a library's implicit GEMM, 16-bit, followed by `passes` kernels over the output.
 double implicit_gemm_seconds(const ConvProblem& prob, const Device& device, int passes);
 

@@ -4,6 +4,7 @@
 //   driver [option value ...] case ...
 //     --schedule forward | backward | random:SEED   --blocks-at-once N   --capability 80   --multiprocessors 108
 //     --algorithm NAME (default: every row)         --guard after | before
+//     --tile I, --split N: of the tensor-core rows, instead of what they would choose
 //   case: N,C,H,W,K,stride,groups,dtype,layout,activation,bias|none     as 2,5,7,9,6,1,1,float32,nhwc,relu,bias
 //     or  fuse,K,C,dtype,3x3 branches,1x1 branches,identities,bn|none,bn of the sum|none
 //
@@ -17,6 +18,7 @@
 #include "buffers.h"
 #include "core/conv_algo.h"
 #include "cuda/algos.h"
+#include "cuda/mma_plan.h"
 #include "executor.h"
 
 namespace simt_test {
@@ -25,6 +27,7 @@ namespace {
 using repvgg::ConvAlgo;
 
 Guard guard = Guard::kAfter;
+int forced_tile = -1, forced_split = 1;
 int failures = 0;
 
 std::vector<std::string> split(const std::string& text) {
@@ -127,7 +130,15 @@ void run_row(const ConvAlgo& algo, const ConvCase& test, const std::string& text
   const Buffer bias("bias", test.bias ? prob.K : 0, prob.dtype, guard);
   const Buffer y("y", prob.N * prob.K * prob.P() * prob.Q(), prob.dtype, guard);
   const Buffer packed("packed weights", algo.packed_bytes(prob) / 2, DType::kFloat16, guard);
-  const Buffer workspace("workspace", algo.workspace(prob, device) / 2, DType::kFloat16, guard);
+  const bool forced = forced_tile >= 0 && is_named(algo, "mma");
+  if (forced && !repvgg::cuda::mma_tile_fits(repvgg::cuda::kMmaTiles[forced_tile], prob)) {
+    report(algo.name, text, "\"refused\": \"the tile does not fit\"");
+    return;
+  }
+  const repvgg::cuda::MmaPlan plan =
+      forced ? repvgg::cuda::plan_mma_tile(forced_tile, forced_split, prob, device) : repvgg::cuda::MmaPlan{};
+  const int64_t workspace_bytes = forced ? plan.workspace_bytes() : algo.workspace(prob, device);
+  const Buffer workspace("workspace", workspace_bytes / 2, DType::kFloat16, guard);
   const std::vector<double> xs = x.fill_random(1, 1);
   const std::vector<double> weights = weight.fill_random(2, 1 / std::sqrt(9.0 * static_cast<double>(prob.group_C())));
   const std::vector<double> biases = bias.fill_random(3, 0.5);
@@ -137,9 +148,17 @@ void run_row(const ConvAlgo& algo, const ConvCase& test, const std::string& text
   if (packed.bytes() > 0) algo.pack(prob, {weight.data(), packed.data(), nullptr, in_turn});
   simt::synchronize();
   const std::vector<char> inputs[] = {x.copy(), weight.copy(), bias.copy(), packed.copy()};
-  algo.launch(prob,
-              {x.data(), weight.data(), packed.bytes() > 0 ? packed.data() : nullptr, test.bias ? bias.data() : nullptr,
-               prob.dtype, y.data(), workspace.data(), nullptr, device, in_turn});
+  const repvgg::ConvArgs args = {x.data(),
+                                 weight.data(),
+                                 packed.bytes() > 0 ? packed.data() : nullptr,
+                                 test.bias ? bias.data() : nullptr,
+                                 prob.dtype,
+                                 y.data(),
+                                 workspace.data(),
+                                 nullptr,
+                                 device,
+                                 in_turn};
+  forced ? repvgg::cuda::launch_mma(prob, args, plan) : algo.launch(prob, args);
   simt::synchronize();
 
   const bool exact = std::strcmp(algo.name, "direct") == 0, tf32 = is_named(algo, "mma_tf32");
@@ -230,6 +249,11 @@ void set_option(const std::string& name, const std::string& value, std::string* 
     simt::gpu.multiprocessors = std::stoi(value);
   } else if (name == "--guard") {
     guard = choose<Guard>(value, {{"after", Guard::kAfter}, {"before", Guard::kBefore}});
+  } else if (name == "--tile") {
+    forced_tile = std::stoi(value);
+    if (forced_tile >= repvgg::cuda::kMmaTileCount) throw std::invalid_argument("there is no tile " + value);
+  } else if (name == "--split") {
+    forced_split = std::stoi(value);
   } else if (name == "--algorithm") {
     *algorithm = value;
   } else {
