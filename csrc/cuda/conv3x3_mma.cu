@@ -20,9 +20,6 @@ const Conv3x3MmaEntry& entry_of(const ConvProblem& prob, int tile) {
 
 // What both rows ask for; `channels` is a copy of 16 bytes.
 Refusal refuse_common(const ConvProblem& prob, const Device& device, int channels) {
-  if (prob.layout != Layout::kNHWC) {
-    return "x must be channels_last: use x.to(memory_format=torch.channels_last), or model.to(...) likewise";
-  }
   if (prob.group_C() % channels != 0 || prob.group_K() % channels != 0) {
     return channels == 8 ? "in_channels and out_channels must be multiples of 8 in each group"
                          : "in_channels and out_channels must be multiples of 4 in each group";
@@ -59,8 +56,14 @@ Refusal refuse_tf32(const ConvProblem& prob, const Device& device) {
 }
 
 double cost(const ConvProblem& prob, const Device& device, bool packed) {
-  const double packing = 2 * static_cast<double>(mma_packed_bytes(prob)) / rates_of(device).memory_bytes;
-  return plan_mma(prob, device).seconds + (packed ? 0 : packing + kLaunchSeconds);
+  double seconds = plan_mma(prob, device).seconds;
+  const double bytes_per_second = rates_of(device).memory_bytes;
+  if (!packed) seconds += 2 * static_cast<double>(mma_packed_bytes(prob)) / bytes_per_second + kLaunchSeconds;
+  if (prob.layout == Layout::kNCHW) {  // x and y are converted
+    const auto elements = static_cast<double>(prob.N * (prob.C * prob.H * prob.W + prob.K * prob.P() * prob.Q()));
+    seconds += 2 * 2 * elements / bytes_per_second + 2 * kLaunchSeconds;
+  }
+  return seconds;
 }
 
 // Only where it is asked for: tf32 keeps 10 bits of each factor, and "auto" is exact for float32.
@@ -72,8 +75,9 @@ LaunchPlan plan(const ConvProblem& prob, const Device& device) {
   const MmaPlan plan = plan_mma(prob, device);
   const MmaTile& tile = kMmaTiles[plan.tile];
   const int images = tile.joined ? static_cast<int>((tile.tile_q() - 2) / prob.W) + 2 : 1;
-  return {plan.blocks(), tile.threads(), tile.shared_bytes(), tile.tile_k(), tile.tile_p(),
-          tile.tile_q(), images,         plan.split};
+  return {plan.blocks(), tile.threads(), tile.shared_bytes(),
+          tile.tile_k(), tile.tile_p(),  tile.tile_q(),
+          images,        plan.split,     2};
 }
 
 void launch(const ConvProblem& prob, const ConvArgs& args) { launch_mma(prob, args, plan_mma(prob, args.device)); }
@@ -108,8 +112,9 @@ void launch_mma(const ConvProblem& prob, const ConvArgs& args, const MmaPlan& pl
   entry_of(prob, plan.tile).launch(params, /*overlap=*/args.device.capability >= 90, args.stream);
 }
 
-extern const ConvAlgo kConv3x3Mma = {"mma", refuse, cost, mma_packed_bytes, mma_pack, workspace, launch, plan};
-extern const ConvAlgo kConv3x3MmaTF32Row = {"mma_tf32", refuse_tf32, cost_tf32, mma_packed_bytes,
-                                            mma_pack,   workspace,   launch,    plan};
+extern const ConvAlgo kConv3x3Mma = {"mma",     refuse, cost, mma_packed_bytes, mma_pack,
+                                     workspace, launch, plan, RowLayout::kNHWC};
+extern const ConvAlgo kConv3x3MmaTF32Row = {"mma_tf32", refuse_tf32, cost_tf32, mma_packed_bytes, mma_pack,
+                                            workspace,  launch,      plan,      RowLayout::kNHWC};
 
 }  // namespace repvgg::cuda
