@@ -24,6 +24,7 @@ class Kernel:
     threads: int | None  # __launch_bounds__; None: not declared, or there is no PTX to read it from
     blocks: int | None  # the blocks per multiprocessor that it declares
     code: sass.Code = field(repr=False)
+    dynamic_shared: int = 0  # bytes of a block; gates.with_dynamic_shared fills it
 
     @property
     def place(self) -> tuple[str, int]:

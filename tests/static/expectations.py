@@ -5,12 +5,7 @@ row takes every kernel, so that a new one is gated without an edit, by the stric
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
-
-
-def no_bytes(name: str, arch: int) -> int:
-    return 0
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,7 @@ class Expectation:
     #: Kinds whose accesses are all 16 bytes wide: in the main loop, in the whole kernel.
     loop_16_bytes: tuple[str, ...] = ()
     all_16_bytes: tuple[str, ...] = ()
-    dynamic_shared: Callable[[str, int], int] = no_bytes  # of a kernel's name and architecture: bytes of a block
+    dynamic_shared: bool = False  # launched with the kSharedBytes of its traits
 
 
 EXPECTATIONS = (

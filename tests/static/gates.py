@@ -11,11 +11,13 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import TypeVar
 
 import sass
+import shared_bytes
+import sync
 from binary import Binary, Kernel
 from expectations import expectation
 from occupancy import LIMITS, blocks_per_sm
@@ -125,11 +127,18 @@ def check_memory(kernel: Kernel) -> Iterable[Finding]:
         yield finding("accesses to local memory (spilled registers)", spills)
 
 
+def with_dynamic_shared(module: Binary, csrc: Path = sync.CSRC) -> Binary:
+    """Asks the sources for what the code does not say. Raises ToolMissing without nvcc."""
+    names = {kernel.name for kernel in module.kernels if expectation(kernel.name).dynamic_shared}
+    size = shared_bytes.dynamic_shared(names, csrc)
+    kernels = tuple(replace(kernel, dynamic_shared=size.get(kernel.name, 0)) for kernel in module.kernels)
+    return replace(module, kernels=kernels)
+
+
 def blocks(kernel: Kernel) -> int:
     """Blocks per multiprocessor, by registers, shared memory and threads."""
     assert kernel.threads is not None
-    shared = kernel.shared + expectation(kernel.name).dynamic_shared(kernel.name, kernel.arch)
-    return blocks_per_sm(kernel.arch, kernel.registers, kernel.threads, shared)
+    return blocks_per_sm(kernel.arch, kernel.registers, kernel.threads, kernel.shared + kernel.dynamic_shared)
 
 
 def check_occupancy(kernel: Kernel) -> Iterable[Finding]:
@@ -142,7 +151,7 @@ def check_occupancy(kernel: Kernel) -> Iterable[Finding]:
         return
     declared = expected.fewer_blocks.get(kernel.arch, max(kernel.blocks or 1, expected.min_blocks))
     if blocks(kernel) < declared:
-        used = f"{kernel.registers} registers, {kernel.threads} threads, {kernel.shared} bytes of static shared memory"
+        used = f"{kernel.registers} registers, {kernel.threads} threads, {kernel.shared} + {kernel.dynamic_shared} bytes shared"
         yield Finding(*kernel.place, "blocks per multiprocessor", f">= {declared}", f"{blocks(kernel)} ({used})")
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import binary
 import gates
 import sass
-from expectations import expectation
 
 
 def markdown(module: binary.Binary, archs: list[int] | None) -> str:
@@ -26,14 +25,12 @@ def markdown(module: binary.Binary, archs: list[int] | None) -> str:
         if archs and kernel.arch not in archs:
             continue
         row = gates.row(kernel)
-        dynamic = expectation(kernel.name).dynamic_shared(kernel.name, kernel.arch)
-        shared = f"{row.shared} + {dynamic}" if dynamic else str(row.shared)
         loop = ["", "", "", ""]
         if row.loop_math:
             loop = [f"{row.loop_math} {row.math} of {row.loop_total}", f"{row.share:.1%}"]
             loop += [f"{row.loop_total / row.loop_math:.3f}", f"{row.loop_shared_loads / row.loop_math:.3f}"]
         occupancy = str(gates.blocks(kernel)) if kernel.threads else ""
-        cells = [f"`{row.kernel}`", row.arch, row.registers, shared, occupancy, *loop, row.barriers]
+        cells = [f"`{row.kernel}`", row.arch, row.registers, row.shared + kernel.dynamic_shared, occupancy, *loop, row.barriers]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
@@ -62,7 +59,7 @@ def main() -> None:
             if _ext.module is None or not _ext.has_cuda_kernels():
                 parser.error("the installed extension has no CUDA kernels: name a module")
             args.module = Path(str(_ext.module.__file__))
-        print(markdown(binary.read(args.module), args.arch))
+        print(markdown(gates.with_dynamic_shared(binary.read(args.module)), args.arch))
     except sass.ToolMissing as missing:
         parser.error(str(missing))
 
