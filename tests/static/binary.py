@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""The kernels of a module, an object file or a fat binary: what they use, what their launch bounds declare, their code."""
+"""The kernels of a module, an object file or a fat binary: what they use, what their launch bounds declare, their
+code."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 // says which kernel a problem takes, with what grid, shared memory and parameters. Prints one JSON object a line.
 //
 //   capture PARAMETERS conv ROW N C H W K STRIDE GROUPS DTYPE LAYOUT ACTIVATION CAPABILITY
+//   capture PARAMETERS pack ROW ... (as conv)
 //   capture PARAMETERS fuse N_BRANCHES K C DTYPE
 //
 // PARAMETERS is a file with a line per kernel: its mangled name and the sizes of its parameters in bytes, as the PTX
@@ -11,7 +12,6 @@
 
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <fstream>
 #include <iostream>
 #include <map>
@@ -76,7 +76,7 @@ cudaError_t CUDARTAPI cudaLaunchKernelExC(const cudaLaunchConfig_t* config, cons
 
 // ------------------------------------------------------------------------------------------------------ the launches
 
-static void conv(const std::string& name, const std::vector<int64_t>& v) {
+static void conv(const std::string& name, bool pack, const std::vector<int64_t>& v) {
   ConvProblem prob{v[0],
                    v[1],
                    v[2],
@@ -92,6 +92,7 @@ static void conv(const std::string& name, const std::vector<int64_t>& v) {
   const ConvAlgo* row = cuda::algos().find(name.c_str());
   if (row == nullptr) throw std::runtime_error("the CUDA table has no row " + name);
   if (const char* why = row->refuse(prob, device)) throw std::runtime_error(name + " refuses: " + why);
+  if (pack) return row->pack(prob, {array(2), array(3), nullptr, {}});
   ConvArgs args{};
   args.x = array(1);
   args.weight = array(2);
@@ -135,13 +136,14 @@ int main(int argc, char** argv) {
       std::vector<size_t>& sizes = parameter_sizes[name];
       for (size_t size; words >> size;) sizes.push_back(size);
     }
-    const bool is_conv = std::strcmp(argv[2], "conv") == 0;
+    const std::string what = argv[2];
+    const bool is_fuse = what == "fuse";
     std::vector<int64_t> values;
-    for (int i = is_conv ? 4 : 3; i < argc; ++i) values.push_back(std::atoll(argv[i]));
-    if (is_conv) {
-      conv(argv[3], values);
-    } else {
+    for (int i = is_fuse ? 3 : 4; i < argc; ++i) values.push_back(std::atoll(argv[i]));
+    if (is_fuse) {
       fuse(values);
+    } else {
+      conv(argv[3], what == "pack", values);
     }
   } catch (const std::exception& error) {
     std::cerr << error.what() << '\n';

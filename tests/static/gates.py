@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Compares compiled kernels with expectations.py and with the committed baseline. A difference is a Finding.
 
-The baseline is a folder per version of ptxas, because counts move between versions: baseline/<version>/kernels.csv has a
-line per kernel and architecture, files.csv one per source. `make static-baseline` renews the folder of the installed
+The baseline is a folder per version of ptxas, because counts move between versions: baseline/<version>/kernels.csv has
+a line per kernel and architecture, files.csv one per source. `make static-baseline` renews the folder of the installed
 version.
 """
 
@@ -151,7 +151,8 @@ def check_occupancy(kernel: Kernel) -> Iterable[Finding]:
         return
     declared = expected.fewer_blocks.get(kernel.arch, max(kernel.blocks or 1, expected.min_blocks))
     if blocks(kernel) < declared:
-        used = f"{kernel.registers} registers, {kernel.threads} threads, {kernel.shared} + {kernel.dynamic_shared} bytes shared"
+        shared = f"{kernel.shared} + {kernel.dynamic_shared} bytes shared"
+        used = f"{kernel.registers} registers, {kernel.threads} threads, {shared}"
         yield Finding(*kernel.place, "blocks per multiprocessor", f">= {declared}", f"{blocks(kernel)} ({used})")
 
 

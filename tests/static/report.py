@@ -30,7 +30,15 @@ def markdown(module: binary.Binary, archs: list[int] | None) -> str:
             loop = [f"{row.loop_math} {row.math} of {row.loop_total}", f"{row.share:.1%}"]
             loop += [f"{row.loop_total / row.loop_math:.3f}", f"{row.loop_shared_loads / row.loop_math:.3f}"]
         occupancy = str(gates.blocks(kernel)) if kernel.threads else ""
-        cells = [f"`{row.kernel}`", row.arch, row.registers, row.shared + kernel.dynamic_shared, occupancy, *loop, row.barriers]
+        cells = [
+            f"`{row.kernel}`",
+            row.arch,
+            row.registers,
+            row.shared + kernel.dynamic_shared,
+            occupancy,
+            *loop,
+            row.barriers,
+        ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Reads compiled CUDA code: the disassembler's text becomes instructions, basic blocks, loops and an instruction mix.
 
-The main loop of a kernel is the innermost loop that does the arithmetic: of the loops with arithmetic instructions (HMMA,
-IMMA, FFMA, ...) that contain no other such loop, the one with most of them.
+The main loop of a kernel is the innermost loop that does the arithmetic: of the loops with arithmetic instructions
+(HMMA, IMMA, FFMA, ...) that contain no other such loop, the one with most of them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,11 @@ class ToolMissing(RuntimeError):
 def tool(name: str) -> str:
     """The path of a CUDA binary utility: of the PyPI package, else of the PATH, else of the toolkit."""
     packaged = sorted(Path(sysconfig.get_path("purelib")).glob(f"nvidia/*/bin/{name}"))
-    for path in (str(packaged[-1]) if packaged else None, shutil.which(name), shutil.which(f"/usr/local/cuda/bin/{name}")):
+    for path in (
+        str(packaged[-1]) if packaged else None,
+        shutil.which(name),
+        shutil.which(f"/usr/local/cuda/bin/{name}"),
+    ):
         if path:
             return path
     raise ToolMissing(f"{name} is not installed: pip install nvidia-cuda-{name}")

@@ -2,8 +2,8 @@
 """Proves race freedom of the PTX that nvcc emits, for small launches, with sentryward (PyPI, Apache-2.0).
 
 Nothing about a launch is written twice: the kernels' own launch code runs against a runtime that launches nothing
-(capture.cpp) and says kernel, grid, shared memory and the bytes of the parameters; what a kernel loads from them is read
-from its PTX.
+(capture.cpp) and says kernel, grid, shared memory and the bytes of the parameters; what a kernel loads from them is
+read from its PTX.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ class Entry:
 
 def nvcc() -> str:
     home = os.environ.get("CUDA_HOME")
-    for path in ([f"{home}/bin/nvcc"] if home else [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]):
+    for path in [f"{home}/bin/nvcc"] if home else [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]:
         if path and os.access(path, os.X_OK):
             return path
     raise sass.ToolMissing("there is no nvcc: install the CUDA toolkit and set CUDA_HOME")
@@ -53,12 +52,16 @@ def entries(ptx: Path) -> Iterator[Entry]:
     for match in re.finditer(r"\.entry (\S+?)\((.*?)\)(.*?)\n\}", text, re.DOTALL):
         name, head, body = match.groups()
         names, sizes = [], []
-        for declared in re.finditer(r"\.param .*?(?:\.[busf](\d+)|\.b8) (?:\.ptr .*?)?(\w+_param_\d+)(?:\[(\d+)\])?", head):
+        for declared in re.finditer(
+            r"\.param .*?(?:\.[busf](\d+)|\.b8) (?:\.ptr .*?)?(\w+_param_\d+)(?:\[(\d+)\])?", head
+        ):
             names.append(declared[2])
             sizes.append(int(declared[3]) if declared[3] else int(declared[1]) // 8)
         index = {parameter: i for i, parameter in enumerate(names)}
         loads = set()
-        for load in re.finditer(r"ld\.param(?:\.v([24]))?\.([busf])(\d+)\s+[^,;]*?(?:\{.*?\})?, *\[(\w+)(?:\+(\d+))?\]", body):
+        for load in re.finditer(
+            r"ld\.param(?:\.v([24]))?\.([busf])(\d+)\s+[^,;]*?(?:\{.*?\})?, *\[(\w+)(?:\+(\d+))?\]", body
+        ):
             lanes, letter, bits, parameter, offset = load.groups()
             if parameter in index:
                 for lane in range(int(lanes or 1)):
@@ -98,7 +101,9 @@ def build(folder: Path, csrc: Path = CSRC) -> Program:
     found = {entry.name: entry for ptx in sorted(folder.glob("*/*.ptx")) for entry in entries(ptx)}
     lines = [" ".join([entry.name, *map(str, entry.sizes)]) for entry in found.values()]
     (folder / "parameters").write_text("\n".join(lines) + "\n")
-    sass.run([nvcc(), *flags, "-cudart=none", str(HERE / "capture.cpp"), *map(str, objects), "-o", str(folder / "capture")])
+    sass.run(
+        [nvcc(), *flags, "-cudart=none", str(HERE / "capture.cpp"), *map(str, objects), "-o", str(folder / "capture")]
+    )
     return Program(folder, found)
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""Gates on the compiled CUDA code: every architecture is there, nothing spills, blocks per multiprocessor are as declared,
-main loops consist of what they should. Needs no GPU.
+"""Gates on the compiled CUDA code: every architecture is there, nothing spills, blocks per multiprocessor are as
+declared, main loops consist of what they should. Needs no GPU.
 
 Run by `make cuda-build` on the module it built, else on the installed one.
 """

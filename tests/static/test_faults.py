@@ -86,7 +86,9 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
                 fault.plant(csrc)
             target = folder / "kernels.o"
             code = f"-gencode=arch=compute_{ARCH},code=[sm_{ARCH},compute_{ARCH}]"
-            sass.run([nvcc, "-std=c++17", "-O3", code, f"-I{csrc}", "-c", str(csrc / "cuda" / source), "-o", str(target)])
+            sass.run(
+                [nvcc, "-std=c++17", "-O3", code, f"-I{csrc}", "-c", str(csrc / "cuda" / source), "-o", str(target)]
+            )
             done[source, fault] = gates.with_dynamic_shared(binary.read(target), csrc)
         return done[source, fault]
 

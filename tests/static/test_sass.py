@@ -172,12 +172,15 @@ def test_occupancy_agrees_with_the_toolkit(tmp_path: Path) -> None:
         pytest.skip(str(missing))
     (tmp_path / "oracle.cpp").write_text(ORACLE)
     program = str(tmp_path / "oracle")
-    build = subprocess.run([nvcc, "-cudart=none", str(tmp_path / "oracle.cpp"), "-o", program], capture_output=True, text=True)
+    build = subprocess.run(
+        [nvcc, "-cudart=none", str(tmp_path / "oracle.cpp"), "-o", program], capture_output=True, text=True
+    )
     if build.returncode and "cuda_occupancy.h" in build.stderr:
         pytest.skip("this toolkit has no cuda_occupancy.h")
     assert build.returncode == 0, build.stderr
     devices = "\n".join(
-        f"{arch} {limits.warps} {limits.shared_per_block} {limits.shared} {limits.blocks}" for arch, limits in LIMITS.items()
+        f"{arch} {limits.warps} {limits.shared_per_block} {limits.shared} {limits.blocks}"
+        for arch, limits in LIMITS.items()
     )
     lines = sass.run([program], input=devices).splitlines()
     assert len(lines) > 10_000

@@ -39,8 +39,12 @@ NCHW, NHWC = range(2)
 LAUNCHES = (
     Launch("direct", conv("direct", "1 9 3 5 9", FLOAT32, NCHW), ("conv3x3_direct_kernel",)),
     Launch("direct-nhwc", conv("direct", "1 9 3 5 9", FLOAT32, NHWC), ("conv3x3_direct_kernel",), slow=True),
-    Launch("direct-stride2", conv("direct", "1 5 3 5 9", FLOAT32, NCHW, stride=2), ("conv3x3_direct_kernel",), slow=True),
-    Launch("direct-groups", conv("direct", "1 18 3 5 18", FLOAT32, NHWC, groups=2), ("conv3x3_direct_kernel",), slow=True),
+    Launch(
+        "direct-stride2", conv("direct", "1 5 3 5 9", FLOAT32, NCHW, stride=2), ("conv3x3_direct_kernel",), slow=True
+    ),
+    Launch(
+        "direct-groups", conv("direct", "1 18 3 5 18", FLOAT32, NHWC, groups=2), ("conv3x3_direct_kernel",), slow=True
+    ),
     Launch("fuse", "fuse 3 8 8 1", ("fuse_weights_kernel",)),
     Launch("fuse-half", "fuse 4 8 8 2", ("fuse_weights_kernel",), slow=True),
 )
