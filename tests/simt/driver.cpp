@@ -127,18 +127,19 @@ void run_row(const ConvAlgo& algo, const ConvCase& test, const std::string& text
   const Buffer bias("bias", test.bias ? prob.K : 0, prob.dtype, guard);
   const Buffer y("y", prob.N * prob.K * prob.P() * prob.Q(), prob.dtype, guard);
   const Buffer packed("packed weights", algo.packed_bytes(prob) / 2, DType::kFloat16, guard);
-  const Buffer workspace("workspace", algo.workspace(prob, 1) / 2, DType::kFloat16, guard);
+  const Buffer workspace("workspace", algo.workspace(prob, device) / 2, DType::kFloat16, guard);
   const std::vector<double> xs = x.fill_random(1, 1);
   const std::vector<double> weights = weight.fill_random(2, 1 / std::sqrt(9.0 * static_cast<double>(prob.group_C())));
   const std::vector<double> biases = bias.fill_random(3, 0.5);
   const auto in_turn = [](int64_t n, const std::function<void(int64_t)>& f) {
     for (int64_t i = 0; i < n; ++i) f(i);
   };
-  if (packed.bytes() > 0) algo.pack(prob, weight.data(), packed.data(), in_turn);
+  if (packed.bytes() > 0) algo.pack(prob, {weight.data(), packed.data(), nullptr, in_turn});
   simt::synchronize();
   const std::vector<char> inputs[] = {x.copy(), weight.copy(), bias.copy(), packed.copy()};
-  algo.launch(prob, {x.data(), weight.data(), packed.bytes() > 0 ? packed.data() : nullptr,
-                     test.bias ? bias.data() : nullptr, y.data(), workspace.data(), nullptr, 1, in_turn});
+  algo.launch(prob,
+              {x.data(), weight.data(), packed.bytes() > 0 ? packed.data() : nullptr, test.bias ? bias.data() : nullptr,
+               prob.dtype, y.data(), workspace.data(), nullptr, device, in_turn});
   simt::synchronize();
 
   const bool exact = std::strcmp(algo.name, "direct") == 0, tf32 = is_named(algo, "mma_tf32");
