@@ -159,7 +159,11 @@ void run_row(const ConvAlgo& algo, const ConvCase& test, const std::string& text
   for (int i = 0; i < 4 && wrong.empty(); ++i) {
     if (!buffers[i]->same(inputs[i])) wrong = "an input was written to";
   }
-  report(algo.name, text, checked(exact ? "bits" : "bound", used, y.hash(), wrong));
+  const repvgg::LaunchPlan plan = algo.plan(prob, device);
+  char tile[100];
+  std::snprintf(tile, sizeof tile, ", \"threads\": %d, \"tile\": [%d, %d, %d], \"split\": %d", plan.threads,
+                plan.tile_k, plan.tile_p, plan.tile_q, plan.split);
+  report(algo.name, text, checked(exact ? "bits" : "bound", used, y.hash(), wrong) + tile);
 }
 
 // -------------------------------------------------------------------------------------------------------- fuse_weights
