@@ -33,6 +33,9 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(message);
 }
 
+// What a kernel's parameters may take together.
+constexpr int kMaxParameterBytes = CUDART_VERSION >= 12010 ? 32764 : 4096;
+
 struct LaunchShape {
   unsigned grid, block;
   unsigned dynamic_shared = 0;  // bytes
@@ -114,6 +117,9 @@ __device__ __forceinline__ void store_shared_16(SharedAddress address, uint32_t 
 
 __device__ __forceinline__ void load_global_16(uint32_t (&r)[4], const void* p) {
   asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(p));
+}
+__device__ __forceinline__ void load_global_8(uint32_t& a, uint32_t& b, const void* p) {
+  asm volatile("ld.global.nc.v2.b32 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "l"(p));
 }
 // Of memory that this kernel writes: what a fence orders before it is seen.
 __device__ __forceinline__ void load_global_16_written(uint32_t (&r)[4], const void* p) {

@@ -20,6 +20,8 @@ using simt::Where;
 
 // ---------------------------------------------------------------------------------------------------- host: launches
 
+constexpr int kMaxParameterBytes = 32764;
+
 struct LaunchShape {
   unsigned grid, block;
   unsigned dynamic_shared = 0;
@@ -97,6 +99,11 @@ __device__ __forceinline__ void load_global_16(uint32_t (&r)[4], const void* p, 
   simt::check_aligned(p, 16, where);
   const Vector16 value = *static_cast<const Vector16*>(p);
   for (int i = 0; i < 4; ++i) r[i] = value[i];
+}
+__device__ __forceinline__ void load_global_8(uint32_t& a, uint32_t& b, const void* p, Where where = Where::current()) {
+  simt::check_aligned(p, 8, where);
+  const Vector8 value = *static_cast<const Vector8*>(p);
+  a = value[0], b = value[1];
 }
 __device__ __forceinline__ void load_global_16_written(uint32_t (&r)[4], const void* p,
                                                        Where where = Where::current()) {
