@@ -44,7 +44,7 @@ MODES = {
         ("-O1", "-fsanitize=thread"),
         "SIMT_TSAN",
         ("-fsanitize=thread",),
-        (("TSAN_OPTIONS", f"exitcode=66:history_size=4:{_FORMAT}"),),
+        (("TSAN_OPTIONS", f"exitcode=66:history_size=4:atexit_sleep_ms=0:{_FORMAT}"),),
     ),
 }
 
@@ -86,7 +86,7 @@ def write_ninja(folder: Path, mode: str, programs: dict[str, Sequence[Path]], cs
 def programs_of(csrc: Path = CSRC) -> dict[str, Sequence[Path]]:
     """The sources of every program, without the executor's."""
     kernels = sorted((csrc / "cuda").glob("*.cu"))
-    return {"driver": [SIMT / "driver.cpp", *kernels]}
+    return {"driver": [SIMT / "driver.cpp", *kernels], "probes": [SIMT / "probes.cu"], "selftest": [SIMT / "selftest.cu"]}
 
 
 def build(folder: Path, mode: str, programs: Sequence[str] = ("driver",), csrc: Path = CSRC) -> dict[str, Path]:
@@ -127,8 +127,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the objects and programs go")
     parser.add_argument("--mode", choices=MODES, default="plain")
-    parser.add_argument("programs", nargs="*", default=["driver"], help="driver (default)")
-    arguments = parser.parse_args()
+    parser.add_argument("programs", nargs="*", default=["driver"], help="driver (default), probes, selftest")
+    arguments = parser.parse_intermixed_args()
     try:
         built = build(arguments.folder.resolve(), arguments.mode, arguments.programs)
     except subprocess.CalledProcessError as error:

@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <source_location>
 
 namespace simt {
@@ -53,8 +54,9 @@ struct Shape {
   unsigned grid, block, dynamic_shared;
   bool overlap;
 };
-// Runs body(context) in every thread. The text of the CUDA error, or nullptr.
-const char* launch(const char* name, Shape shape, void (*body)(void*), void* context);
+// Runs body(context) in every thread; the context lives until the next synchronize. The text of the CUDA error, or
+// nullptr.
+const char* launch(const char* name, Shape shape, void (*body)(void*), std::shared_ptr<void> context);
 // griddepcontrol.wait
 void wait_for_previous();
 

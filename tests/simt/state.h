@@ -39,14 +39,25 @@ struct Gathering {
   Where where;
   uint32_t mask, arrived;
   void* lanes[32];
-  void* order;  // acquired by the lanes that leave
+};
+
+// The objects that lanes of a mask release and acquire, in turn: see Block::order.
+struct LaneOrder {
+  uint32_t mask = 0;
+  unsigned turn = 0;
+  void* objects[2] = {};
 };
 
 struct Warp {
   Block* block;
   uint32_t alive, runnable;  // lanes
   Thread* threads[32];
-  std::vector<std::unique_ptr<Gathering>> gatherings;
+  // Those before `open` wait for lanes; each lane is in one of them at most. Fibers do not allocate here, nor copy
+  // structures: ThreadSanitizer would take malloc and memcpy for accesses of theirs.
+  Gathering* gatherings[32];
+  unsigned open = 0;
+  Gathering pool[32];
+  LaneOrder orders[8];
 };
 
 struct Allocation {
