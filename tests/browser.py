@@ -88,7 +88,9 @@ class Page:
 
     def open(self, path: Path, width: int, scheme: str) -> dict[str, Any]:
         """Shows the page so wide, light or dark. Returns what :data:`LOOK` sees."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600)
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
+        )
         self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.seen.clear()
         self.call("Page.navigate", url=path.absolute().as_uri())
