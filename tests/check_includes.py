@@ -22,12 +22,17 @@ OPS_SEES = {"cpu/algos.h", "cpu/chain.h", "cpu/fuse_weights.h", "cuda/algos.h"}
 
 #: Layers of the Python package, lowest first. A module imports from lower layers or its own.
 LAYERS = [
-    {"_version", "branches", "packed", "_ext"},
+    {"_version", "branches", "packed", "_ext", "intervals"},
     {"reference", "explanation", "_registration", "structure"},
     {"ops", "testing"},
-    {"modules", "prepared", "timing", "environment"},
-    {"models", "preparation", "runs", "convert"},
-    {"verification", "state_dict", "checkpoint", "digits", "suites"},
+    {"timing", "environment", "devices", "comparison", "files"},
+    {"tables", "ceilings", "records", "regression"},
+    {"modules", "prepared"},
+    {"models", "preparation", "runs", "convert", "baselines", "engines"},
+    {"verification", "state_dict", "checkpoint", "digits"},
+    {"checks", "networks", "suites"},
+    {"runner", "charts", "page"},
+    {"benchmarking"},
     {"info", "picture", "bench"},
     {"demo"},
     {"cli"},
