@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from repvgg_cuda import bench, checkpoint, demo, info, ops, testing, verification
 from repvgg_cuda._version import __version__
 from repvgg_cuda.branches import require
+from repvgg_cuda.gpus import GPUS
 from repvgg_cuda.models import create_model, model_names
 from repvgg_cuda.packed import MEMORY
 from repvgg_cuda.preparation import prepare
@@ -117,6 +118,11 @@ def _add_explain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory", choices=MEMORY, default="fast", help="low: packed weights no larger than the weight"
     )
+    parser.add_argument(
+        "--gpu", choices=list(GPUS), metavar="NAME", help=f"as on such a GPU, which need not be here: {', '.join(GPUS)}"
+    )
+    parser.add_argument("--dtype", choices=list(bench.DTYPES), default="float32", help="default: %(default)s")
+    parser.add_argument("--channels-last", action="store_true", help="x lies in channels_last (NHWC)")
 
 
 def _layer(text: str) -> tuple[int, ...]:
@@ -129,8 +135,11 @@ def _layer(text: str) -> tuple[int, ...]:
 def _explain(args: argparse.Namespace) -> int:
     batch, channels, height, width, outputs = args.layer
     case = testing.Case("layer", batch, channels, height, width, outputs, args.stride, args.groups)
-    x, weight = torch.empty(case.x_size), torch.empty(case.weight_size)
-    print(ops.explain(x, weight, stride=args.stride, groups=args.groups, prepared=args.prepared, memory=args.memory))
+    dtype = bench.DTYPES[args.dtype]
+    x, weight = torch.empty(case.x_size, dtype=dtype), torch.empty(case.weight_size, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    geometry = {"stride": args.stride, "groups": args.groups}
+    print(ops.explain(x, weight, **geometry, prepared=args.prepared, memory=args.memory, gpu=args.gpu))
     return 0
 
 

@@ -22,7 +22,7 @@ OPS_SEES = {"cpu/algos.h", "cpu/chain.h", "cpu/fuse_weights.h", "cuda/algos.h"}
 
 #: Layers of the Python package, lowest first. A module imports from lower layers or its own.
 LAYERS = [
-    {"_version", "branches", "packed", "_ext"},
+    {"_version", "branches", "packed", "_ext", "gpus"},
     {"reference", "explanation", "_registration", "structure"},
     {"ops", "testing"},
     {"modules", "prepared", "timing", "environment", "devices"},

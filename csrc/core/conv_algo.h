@@ -28,6 +28,7 @@ struct LaunchPlan {
   int tile_k, tile_p, tile_q;  // outputs that a block computes: channels, rows, columns
   int images;                  // images that share a tile's row
   int split;                   // blocks that share the sum over the input channels
+  int blocks_per_sm = 1;       // that the kernel is compiled to have registers for on a multiprocessor, at least
 };
 
 // Calls f(0) ... f(n - 1), each once, on up to as many CPU threads as there are, and waits for them.

@@ -52,7 +52,8 @@ double cost(const ConvProblem& prob, const Device& device, bool) {
 LaunchPlan plan(const ConvProblem& prob, const Device&) {
   return with_traits(prob, [&](auto traits) {
     using T = decltype(traits);
-    return LaunchPlan{grid_size<T>(prob), T::kThreads, T::kSharedBytes, T::kBlockK, T::kTileP, T::kTileQ, 1, 1};
+    return LaunchPlan{grid_size<T>(prob), T::kThreads, T::kSharedBytes, T::kBlockK, T::kTileP, T::kTileQ, 1, 1,
+                      T::kBlocksPerSM};
   });
 }
 
