@@ -27,7 +27,7 @@ LAYERS = [
     {"ops", "testing"},
     {"modules", "prepared", "timing", "environment", "devices"},
     {"models", "preparation", "runs", "convert", "baselines", "engines"},
-    {"verification", "state_dict", "checkpoint", "digits", "suites"},
+    {"verification", "state_dict", "checkpoint", "digits", "suites", "gpu_model"},
     {"info", "picture", "bench"},
     {"demo"},
     {"cli"},
