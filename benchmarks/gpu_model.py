@@ -23,8 +23,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from repvgg_cuda import _ext, bench, gpu_model
+from repvgg_cuda import _ext, gpu_model
 from repvgg_cuda.explanation import aligned
+from repvgg_cuda.files import write_text_atomically
 from repvgg_cuda.gpu_model import MODES, Mode, Prediction
 from repvgg_cuda.gpus import GPUS, Gpu
 from repvgg_cuda.models import model_names
@@ -357,7 +358,7 @@ def main(argv: list[str] | None = None) -> int:
         print("error: the compiled module has no CUDA rows to ask: build it with nvcc", file=sys.stderr)
         return 1
     if args.markdown:
-        bench.write_text_atomically(DOCUMENT, document())
+        write_text_atomically(DOCUMENT, document())
         print(f"wrote {DOCUMENT}")
         return 0
     console, every = Console(), []
@@ -374,7 +375,7 @@ def main(argv: list[str] | None = None) -> int:
         found = networks(models, args.gpu, args.dtype, args.batch)
         show(console, "networks", NETWORK_COLUMNS, [network_cells(network) for network in found])
     if args.csv is not None:
-        bench.write_text_atomically(args.csv, as_csv(every))
+        write_text_atomically(args.csv, as_csv(every))
         print(f"wrote {args.csv}")
     return 0
 

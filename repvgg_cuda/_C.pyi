@@ -78,6 +78,9 @@ def cpu_targets() -> list[str]:
 def cpu_target() -> str:
     """The one of them that runs: the most capable, or at most what REPVGG_CUDA_CPU_ISA names."""
 
+def cpu_multiply_adds(rounds: int) -> float:
+    """Multiply-adds in registers and nothing else, in one thread, for the ceiling. Returns their operations."""
+
 def conv3x3(
     x: Any,
     weight: Any,

@@ -117,6 +117,7 @@ class Baseline:
         build: as the module's docstring says.
         needs: the modules that must be importable, and ``package`` is what pip calls them.
         only: says why this workload is not for it; None if it is.
+        needs_trained: it runs the form before fusion.
         context: global switches, held while it builds and around every sample.
         slow: it takes seconds to build.
         exact: PyTorch's own arithmetic, held to this library's bounds. Other engines may round as they like: their
@@ -129,6 +130,7 @@ class Baseline:
     needs: tuple[str, ...] = ()
     package: str = ""
     only: Callable[[Workload], str | None] = lambda workload: None
+    needs_trained: bool = False
     context: Context = contextlib.nullcontext
     slow: bool = False
     exact: bool = True
@@ -137,14 +139,12 @@ class Baseline:
         """Why it cannot run ``workload``, or None: a module that is missing, or what ``only`` says."""
         if any(importlib.util.find_spec(module) is None for module in self.needs):
             return f"not installed: pip install {self.package}"
+        if self.needs_trained and workload.trained is None:
+            return "there is no form before fusion to compare with"
         return self.only(workload)
 
     def row_name(self, workload: Workload) -> str:
         return self.name if workload.relu else self.name.replace(" + relu", "")
-
-
-def _needs_trained(workload: Workload) -> str | None:
-    return None if workload.trained is not None else "there is no trained form to compare with"
 
 
 def three_branches(workload: Workload) -> Run:
@@ -195,7 +195,7 @@ EAGER, COMPILE, COMPILE_MAX = "fused F.conv2d + relu", "torch.compile", "torch.c
 
 
 def _cpu_baselines() -> Iterator[Baseline]:
-    yield Baseline("three-branches", THREE_BRANCHES, three_branches, only=_needs_trained)
+    yield Baseline("three-branches", THREE_BRANCHES, three_branches, needs_trained=True)
     yield Baseline("eager", EAGER, TorchForm())
     yield Baseline("channels_last", EAGER + CHANNELS_LAST, TorchForm(channels_last=True))
     yield Baseline("compile", COMPILE, TorchForm(compile_mode="default"), slow=True)
@@ -204,12 +204,12 @@ def _cpu_baselines() -> Iterator[Baseline]:
 
 def _cuda_baselines() -> Iterator[Baseline]:
     """Each of PyTorch's ways, in both memory formats, with cuDNN's search off and on, by itself and as a CUDA graph."""
-    yield Baseline("three-branches", THREE_BRANCHES, three_branches, only=_needs_trained)
+    yield Baseline("three-branches", THREE_BRANCHES, three_branches, needs_trained=True)
     yield Baseline(
         "graph",
         THREE_BRANCHES + CUDA_GRAPH,
         lambda workload: workload.device.capture(three_branches(workload)),
-        only=_needs_trained,
+        needs_trained=True,
     )
     for graph in (False, True):
         for last in (False, True):

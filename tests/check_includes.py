@@ -22,12 +22,16 @@ OPS_SEES = {"cpu/algos.h", "cpu/chain.h", "cpu/fuse_weights.h", "cuda/algos.h"}
 
 #: Layers of the Python package, lowest first. A module imports from lower layers or its own.
 LAYERS = [
-    {"_version", "branches", "packed", "_ext", "gpus"},
+    {"_version", "branches", "packed", "_ext", "intervals", "gpus"},
     {"reference", "explanation", "_registration", "structure"},
     {"ops", "testing"},
-    {"modules", "prepared", "timing", "environment", "devices"},
+    {"timing", "environment", "devices", "comparison", "files"},
+    {"tables", "ceilings", "records", "regression"},
+    {"modules", "prepared"},
     {"models", "preparation", "runs", "convert", "baselines", "engines"},
-    {"verification", "state_dict", "checkpoint", "digits", "suites", "gpu_model"},
+    {"verification", "state_dict", "checkpoint", "digits", "gpu_model"},
+    {"checks", "networks", "suites"},
+    {"runner", "charts", "page"},
     {"info", "picture", "bench"},
     {"demo"},
     {"cli"},

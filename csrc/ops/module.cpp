@@ -200,6 +200,8 @@ PYBIND11_MODULE(_C, m) {
         "How a CUDA row would launch on such a GPU; None where it refuses.");
   m.def("build_info", [] { return std::string(RVG_BUILD_INFO); }, "How this module was built, as JSON.");
   m.def("cpu_targets", &cpu_targets, "Instruction sets that the CPU kernels are compiled for and this machine has.");
+  m.def("cpu_multiply_adds", &repvgg::cpu::multiply_adds, py::arg("rounds"), py::call_guard<py::gil_scoped_release>(),
+        "Multiply-adds in registers and nothing else, in one thread, for the ceiling. Returns their operations.");
   m.def("cpu_target", [] { return std::string(repvgg::cpu::target_name()); }, "The one of them that runs.");
 
   py::class_<repvgg::ops::DLPackArray>(m, "DLPackArray", "A result for any library: pass it to its from_dlpack().")
