@@ -3,6 +3,7 @@
 
 from repvgg_cuda._ext import build_info, has_cuda_kernels
 from repvgg_cuda._version import __version__
+from repvgg_cuda.benchmarking import BenchmarkResult, benchmark
 from repvgg_cuda.branches import BatchNorm, Branch, Branches
 from repvgg_cuda.convert import reparameterize
 from repvgg_cuda.models import create_model, model_names
@@ -13,6 +14,7 @@ from repvgg_cuda.verification import verify
 
 __all__ = [
     "BatchNorm",
+    "BenchmarkResult",
     "Branch",
     "Branches",
     "ChainLayer",
@@ -20,6 +22,7 @@ __all__ = [
     "RepVGGBlock",
     "__version__",
     "algorithms",
+    "benchmark",
     "build_info",
     "conv3x3",
     "conv3x3_chain",

@@ -71,6 +71,7 @@ class Row:
 
     ``speedup`` is over the case's first candidate, its interval is None where there are too few rounds, and
     ``within_noise`` says that the data do not tell the two apart. ``note`` says what was wrong, refused or raised.
+    ``group`` is the case without its batch, the same for all batches.
     ``error`` is relative to the largest output. ``floor_us`` is the least time that the measured ceilings of the
     machine leave a direct convolution, and ``share`` is that over the median. ``samples_ns`` has one value per round.
     """
@@ -93,6 +94,7 @@ class Row:
     own: bool = False
     caches: Caches = "warm"
     batch: int = 1
+    group: str = ""
     threads: int = 0
     clock: str = ""
     flops: float | None = None
@@ -148,6 +150,7 @@ def compare(
     *,
     work: Work | None = None,
     batch: int = 1,
+    group: str = "",
     floors: Mapping[Caches, float] = MappingProxyType({}),
     tick: Callable[[int], None] = lambda steps: None,
 ) -> list[Row]:
@@ -158,7 +161,9 @@ def compare(
         floors: the least time for ``work`` on this machine, in microseconds.
         tick: gets the steps done; they add up to ``plan.steps(candidates)``.
     """
-    first = Row(suite, case, "", "ok", batch=batch, threads=torch.get_num_threads(), clock=plan.clock.name)
+    first = Row(
+        suite, case, "", "ok", batch=batch, group=group or case, threads=torch.get_num_threads(), clock=plan.clock.name
+    )
     if work is not None:
         first = dataclasses.replace(first, flops=work.flops, bytes=work.bytes)
     tried: dict[str, Row] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -224,7 +224,7 @@ class Demo:
             self.warn(warning)
         return record
 
-    def look_at_machine(self) -> dict[str, object]:
+    def look_at_machine(self) -> dict[str, Any]:
         return environment.collect(self.device) | self.setup.target.facts()
 
     def warn_if_busy(self) -> None:

@@ -47,7 +47,8 @@ def collect(device: torch.device) -> dict[str, Any]:
 
 def machine(record: Mapping[str, Any]) -> str:
     """The :func:`collect`-ed record's processor in a few words."""
-    return str(record.get("gpu") or f"{record['cpu']}, {record['threads']} threads")
+    threads = record["threads"]
+    return str(record.get("gpu") or f"{record['cpu']}, {threads} thread{'' if threads == 1 else 's'}")
 
 
 def cpu_name() -> str:

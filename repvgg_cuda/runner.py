@@ -190,6 +190,7 @@ def run_case(
         plan,
         work=work,
         batch=case.batch,
+        group=case.group,
         floors={} if limits is None else limits.floors(work, setup.dtype, setup.tf32),
         tick=tick,
     )

@@ -99,11 +99,12 @@ class Built(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """One line of a suite; ``build`` may take a while."""
+    """One line of a suite; ``build`` may take a while. ``group`` is the name without the batch."""
 
     name: str
     build: Callable[[], Built]
     batch: int = 1
+    group: str = ""
 
 
 Cases = Sequence[Case]
@@ -251,7 +252,7 @@ def notebook_suite(setup: Setup) -> Cases:
         ]
         return Built(candidates, work_of_layer(case, setup.dtype))
 
-    return [Case(str(case), build)]
+    return [Case(str(case), build, group="notebook, (1, 2, 256, 256)")]
 
 
 def layers_suite(setup: Setup) -> Cases:
@@ -272,7 +273,7 @@ def layers_suite(setup: Setup) -> Cases:
 
     chosen = testing.REPVGG_LAYERS[:3] if setup.quick else testing.REPVGG_LAYERS
     sized = [dataclasses.replace(case, N=batch) for batch in setup.batches for case in chosen]
-    return [Case(str(case), partial(build, case), case.N) for case in sized]
+    return [Case(str(case), partial(build, case), case.N, case.name) for case in sized]
 
 
 def fusion_suite(setup: Setup) -> Cases:
@@ -363,7 +364,7 @@ def chains_suite(setup: Setup) -> Cases:
         return Built(list(network_rows(setup, work, truth)), networks.work_of(work.deployed, work.x))
 
     return [
-        Case(f"{CHAIN_DEPTH} x {channels}@{size}-batch{batch}", partial(build, channels, size, batch), batch)
+        Case(f"{channels}@{size}-batch{batch}", partial(build, channels, size, batch), batch, f"{channels}@{size}")
         for batch in setup.batches
         for channels, size in ([(16, 8)] if setup.quick else CHAINS)
     ]
@@ -396,7 +397,8 @@ def network_case(setup: Setup, name: str, batch: int, size: tuple[int, int] | No
         return Built(list(network_rows(setup, work, truth)), networks.work_of(deployed, x))
 
     shape = networks.input_shape(name, batch, size)
-    return Case(f"{name}-{'x'.join(map(str, shape))}", build, batch)
+    group = name if size is None else f"{name} {size[0]}x{size[1]}"
+    return Case(f"{name}-{'x'.join(map(str, shape))}", build, batch, group)
 
 
 def network_rows(setup: Setup, work: Workload, truth: Truth) -> Iterator[Candidate]:

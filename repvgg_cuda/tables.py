@@ -24,7 +24,7 @@ def table(rows: Sequence[Row]) -> Table:
     result.add_column("candidate")
     with_error = any(row.error is not None for row in rows)
     with_share = any(row.share is not None for row in rows)
-    headings = ["median", "p10 - p90", "speed-up", f"{100 * LEVEL:.0f} % sure"]
+    headings = ["median", "p10-p90", "speed-up", f"{100 * LEVEL:.0f} % sure"]
     for heading in (*headings, *(["error"] if with_error else []), *(["of limit"] if with_share else [])):
         result.add_column(heading, justify="right")
     for row in rows:
@@ -36,8 +36,7 @@ def table(rows: Sequence[Row]) -> Table:
         if row.median_us is None or row.p10_us is None or row.p90_us is None:
             result.add_row(name, f"[red]{row.status}[/red]", "", "", "", *extra)
             continue
-        spread = f"{duration(row.p10_us)} - {duration(row.p90_us)}"
-        result.add_row(name, duration(row.median_us), spread, speedup_text(row), interval_text(row), *extra)
+        result.add_row(name, duration(row.median_us), spread_text(row), speedup_text(row), interval_text(row), *extra)
     result.caption, result.caption_justify = escape("\n".join(remarks(rows))) or None, "left"
     return result
 
@@ -61,6 +60,14 @@ def duration(microseconds: float) -> str:
     raise AssertionError("unreachable: the last unit takes every value")
 
 
+def spread_text(row: Row) -> str:
+    """From the 10th to the 90th percentile, in the unit of the median."""
+    if row.median_us is None or row.p10_us is None or row.p90_us is None:
+        return ""
+    scale = 1e6 if row.median_us >= 999.5e3 else 1e3 if row.median_us >= 999.5 else 1.0
+    return "-".join(f"{value / scale:.{2 if value < 9.995 * scale else 0}f}" for value in (row.p10_us, row.p90_us))
+
+
 def speedup_text(row: Row) -> str:
     """With a mark where it is within the noise."""
     return "" if row.speedup is None else f"{NOISE if row.within_noise else ''}{row.speedup:.2f}x"
@@ -70,7 +77,7 @@ def interval_text(row: Row) -> str:
     """The interval of the speed-up, or why there is none."""
     if row.interval is None:
         return "" if row.speedup in (None, 1.0) else "too few rounds"
-    return f"{row.interval.low:.2f} - {row.interval.high:.2f}"
+    return f"{row.interval.low:.2f}-{row.interval.high:.2f}"
 
 
 def error_text(row: Row) -> str:

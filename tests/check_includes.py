@@ -32,6 +32,7 @@ LAYERS = [
     {"verification", "state_dict", "checkpoint", "digits", "gpu_model"},
     {"checks", "networks", "suites"},
     {"runner", "charts", "page"},
+    {"benchmarking"},
     {"info", "picture", "bench"},
     {"demo"},
     {"cli"},
