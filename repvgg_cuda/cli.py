@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor, nn
 
-from repvgg_cuda import bench, checkpoint, demo, info, ops, testing, verification
+from repvgg_cuda import bench, checkpoint, demo, gpu_check, info, ops, testing, verification
 from repvgg_cuda._version import __version__
 from repvgg_cuda.branches import require
 from repvgg_cuda.gpus import GPUS
@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert_arguments(add("convert", _convert, "Fold a checkpoint in train form into deploy form"))
     _add_verify_arguments(add("verify", _verify, "Compare a trained and a deployed checkpoint layer by layer"))
     bench.add_arguments(add("bench", bench.run, "Time blocks and networks before and after folding"))
+    gpu_check.add_arguments(add("gpu-check", gpu_check.run, "Build, test and time everything on this machine's GPU"))
     demo.add_arguments(add("demo", demo.run, "Deploy a trained network on real images and show what changes"))
     return parser
 

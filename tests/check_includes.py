@@ -33,6 +33,8 @@ LAYERS = [
     {"checks", "networks", "suites"},
     {"runner", "charts", "page"},
     {"benchmarking"},
+    {"gpu_stages", "gpu_report"},
+    {"gpu_check"},
     {"info", "picture", "bench"},
     {"demo"},
     {"cli"},
