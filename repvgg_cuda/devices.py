@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from repvgg_cuda.branches import require
 from repvgg_cuda.timing import Clock, CpuClock, CudaClock, Run, WallClock
 
+ContextManager = contextlib.AbstractContextManager[object]
+
 #: Written to push everything else out of a CPU's caches, whose size no portable call tells.
 CPU_FLUSH_BYTES = 192 << 20
 
@@ -76,7 +78,7 @@ class CpuDevice:
     def capture(self, run: Run) -> Run:
         raise RuntimeError("CUDA graphs need a CUDA device")
 
-    def side_stream(self) -> contextlib.AbstractContextManager[object]:
+    def side_streams(self, count: int) -> contextlib.AbstractContextManager[list[ContextManager]]:
         raise RuntimeError("streams need a CUDA device")
 
     def conv_relu(self, x: Tensor, weight: Tensor, bias: Tensor, stride: int, groups: int) -> Tensor:
@@ -138,17 +140,16 @@ class CudaDevice(CpuDevice):
         return replay
 
     @contextlib.contextmanager
-    def side_stream(self) -> Iterator[None]:
-        """What is launched within goes to a stream of its own, after what was launched before and before what follows.
-
-        Streams of several such blocks that are open at the same time run side by side.
-        """
+    def side_streams(self, count: int) -> Iterator[list[ContextManager]]:
+        """So many new streams, each to be entered once: they follow what was launched before, and what follows waits
+        for them."""
         before = torch.cuda.current_stream(self.torch_device)
-        stream: Any = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(before)
-        with torch.cuda.stream(stream):
-            yield
-        before.wait_stream(stream)
+        streams: list[Any] = [torch.cuda.Stream(self.torch_device) for _ in range(count)]  # type: ignore[no-untyped-call]
+        for stream in streams:
+            stream.wait_stream(before)
+        yield [torch.cuda.stream(stream) for stream in streams]
+        for stream in streams:
+            before.wait_stream(stream)
 
     def conv_relu(self, x: Tensor, weight: Tensor, bias: Tensor, stride: int, groups: int) -> Tensor:
         """cuDNN's convolution, bias and ReLU in one call: the strongest baseline PyTorch has."""
@@ -223,8 +224,8 @@ class DryRunDevice(CudaDevice):
         return replay
 
     @contextlib.contextmanager
-    def side_stream(self) -> Iterator[None]:
-        yield
+    def side_streams(self, count: int) -> Iterator[list[ContextManager]]:
+        yield [contextlib.nullcontext() for _ in range(count)]
 
     def conv_relu(self, x: Tensor, weight: Tensor, bias: Tensor, stride: int, groups: int) -> Tensor:
         return F.conv2d(x, weight, bias, stride, 1, 1, groups).relu_()
