@@ -257,8 +257,14 @@ def notebook_suite(setup: Setup) -> Cases:
 
 def layers_suite(setup: Setup) -> Cases:
     """The distinct blocks of RepVGG-A0 and B1 with BatchNorm and ReLU."""
+    chosen = testing.REPVGG_LAYERS[:3] if setup.quick else testing.REPVGG_LAYERS
+    return [layer_case(setup, dataclasses.replace(case, N=batch)) for batch in setup.batches for case in chosen]
 
-    def build(case: testing.Case) -> Built:
+
+def layer_case(setup: Setup, case: testing.Case) -> Case:
+    """One block with BatchNorm and ReLU, of the size of ``case``, with every candidate."""
+
+    def build() -> Built:
         x = case.tensors(setup.dtype, setup.device)[0]
         identity = case.C == case.K and case.stride == 1
         branches = testing.random_branches(case.C, case.K, case.groups, identity=identity)
@@ -271,9 +277,7 @@ def layers_suite(setup: Setup) -> Cases:
         ]
         return Built(candidates, work_of_layer(case, setup.dtype))
 
-    chosen = testing.REPVGG_LAYERS[:3] if setup.quick else testing.REPVGG_LAYERS
-    sized = [dataclasses.replace(case, N=batch) for batch in setup.batches for case in chosen]
-    return [Case(str(case), partial(build, case), case.N, case.name) for case in sized]
+    return Case(str(case), build, case.N)
 
 
 def fusion_suite(setup: Setup) -> Cases:

@@ -214,12 +214,15 @@ def _winograd_bound(
     rows, cols = (winograd_tiles(extent, len(pairs), stride) for extent in (height, width))
     for row_cls in {cls for _, cls in rows}:
         for col_cls in {cls for _, cls in cols}:
-            (a_r, g_r, b_r), (a_c, g_c, b_c) = (winograd_matrices(pairs, cls, stride) for cls in (row_cls, col_cls))
+            (a_r, g_r, b_r), (a_c, g_c, b_c) = (
+                [matrix.to(x.device) for matrix in winograd_matrices(pairs, cls, stride)] for cls in (row_cls, col_cls)
+            )
             starts = [
                 torch.tensor([s for s, cls in tiles if cls == c]) for tiles, c in ((rows, row_cls), (cols, col_cls))
             ]
             in_r, in_c = (
-                s[:, None] * stride + torch.arange(b.shape[1]) for s, b in zip(starts, (b_r, b_c), strict=True)
+                (s[:, None] * stride + torch.arange(b.shape[1])).to(x.device)
+                for s, b in zip(starts, (b_r, b_c), strict=True)
             )
             windows = padded[:, :, in_r][:, :, :, :, in_c]  # [N, C, tiles, inputs, tiles, inputs]
             v = torch.einsum("pi,qj,ncaibj->ncabpq", b_r.abs(), b_c.abs(), windows)
@@ -232,7 +235,9 @@ def _winograd_bound(
                 1,
             )
             out = torch.einsum("rp,sq,nkabpq->nkarbs", a_r.abs(), a_c.abs(), m)
-            out_r, out_c = (s[:, None] + torch.arange(a.shape[0]) for s, a in zip(starts, (a_r, a_c), strict=True))
+            out_r, out_c = (
+                (s[:, None] + torch.arange(a.shape[0])).to(x.device) for s, a in zip(starts, (a_r, a_c), strict=True)
+            )
             total[:, :, out_r[:, :, None, None], out_c] = out
     total = total[:, :, :height, :width]
     if bias is not None:

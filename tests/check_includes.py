@@ -22,17 +22,19 @@ OPS_SEES = {"cpu/algos.h", "cpu/chain.h", "cpu/fuse_weights.h", "cuda/algos.h"}
 
 #: Layers of the Python package, lowest first. A module imports from lower layers or its own.
 LAYERS = [
-    {"_version", "branches", "packed", "_ext", "intervals"},
+    {"_version", "branches", "packed", "_ext", "intervals", "gpus"},
     {"reference", "explanation", "_registration", "structure"},
     {"ops", "testing"},
     {"timing", "environment", "devices", "comparison", "files"},
     {"tables", "ceilings", "records", "regression"},
     {"modules", "prepared"},
     {"models", "preparation", "runs", "convert", "baselines", "engines"},
-    {"verification", "state_dict", "checkpoint", "digits"},
+    {"verification", "state_dict", "checkpoint", "digits", "gpu_model"},
     {"checks", "networks", "suites"},
     {"runner", "charts", "page"},
     {"benchmarking"},
+    {"gpu_stages", "gpu_report"},
+    {"gpu_check"},
     {"info", "picture", "bench"},
     {"demo"},
     {"cli"},
