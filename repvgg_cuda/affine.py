@@ -84,7 +84,9 @@ class Affine:
     def fold_bound(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """How far weight and bias, folded in float64 and rounded once to ``dtype``, may be from the exact ones."""
         unit = torch.finfo(dtype).eps / 2
-        factor = _gamma(self.roundings) + unit * (1 + 2**-12)  # a float64 may pass through float32 on its way to 16 bits
+        factor = _gamma(self.roundings) + unit * (
+            1 + 2**-12
+        )  # a float64 may pass through float32 on its way to 16 bits
         half_step = torch.finfo(dtype).smallest_normal * unit
         return self.weight_magnitude * factor + half_step, self.bias_magnitude * factor + half_step
 
@@ -141,9 +143,7 @@ def scaled(f: Affine, scale: Tensor, roundings: int = 2) -> Affine:
 def shifted(f: Affine, shift: Tensor) -> Affine:
     """``f(x) + shift``, with one number per channel or one for all."""
     value = shift.detach().double().reshape(-1).expand(f.out_channels)
-    return replace(
-        f, bias=f.bias + value, bias_magnitude=f.bias_magnitude + value.abs(), roundings=f.roundings + 2
-    )
+    return replace(f, bias=f.bias + value, bias_magnitude=f.bias_magnitude + value.abs(), roundings=f.roundings + 2)
 
 
 def normalised(f: Affine, bn: BatchNorm) -> Affine:
@@ -277,8 +277,7 @@ def _on_grid(f: Affine, dilation: Pair, padding: Pair) -> Affine:
 
     def placed(kernel: Tensor) -> Tensor:
         sizes = [
-            (k - 1) * (e // d if k > 1 else 1) + 1
-            for k, e, d in zip(f.kernel_size, f.dilation, dilation, strict=True)
+            (k - 1) * (e // d if k > 1 else 1) + 1 for k, e, d in zip(f.kernel_size, f.dilation, dilation, strict=True)
         ]
         steps = [e // d if k > 1 else 1 for k, e, d in zip(f.kernel_size, f.dilation, dilation, strict=True)]
         grid = kernel.new_zeros(*kernel.shape[:2], sizes[0] + 2 * more[0], sizes[1] + 2 * more[1])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,9 +29,10 @@ from repvgg_cuda.rewriting import (
     plan_rewrite,
     replace_modules,
     rest_of_batchnorm,
+    slot_names,
 )
 from repvgg_cuda.structure import UnfoldableError, has_hooks
-from repvgg_cuda.tracing import Region, find_regions
+from repvgg_cuda.tracing import Node, Region, Traced, find_regions
 
 Conv = RepConv3x3 | nn.Conv2d
 
@@ -154,9 +155,9 @@ def _plan(model: nn.Module, with_chains: bool, flush_denormals: bool) -> _Plan:
             convs[i] = convolution(block.folded, weight, bias)
         except UnfoldableError as error:
             reasons[i] = str(error)
-    names = _plan_rewrites([(i, found[i]) for i in convs if not found[i].block.is_chain], convs, plan, reasons)
+    paths = _plan_rewrites(found, convs, plan, reasons)
     for i, each in enumerate(found):
-        plan.entries.append(_entry(each, reasons.get(i), names.get(i, each.path), convs.get(i)))
+        plan.entries.append(_entry(each, reasons.get(i), paths.get(i, each.path), convs.get(i)))
     return plan
 
 
@@ -193,39 +194,64 @@ def _entry(found: Found, reason: str | None, name: str, conv: Conv | None) -> En
     )
 
 
+class _Owner(NamedTuple):
+    """A module that holds sums, with its path; the ids of the modules in it that lead to them; and their indices."""
+
+    module: nn.Module
+    path: str
+    within: set[int]
+    indices: list[int]
+
+
+def _owners(found: Sequence[Found], indices: Iterable[int]) -> list[_Owner]:
+    """Who holds the sums of those ``indices``."""
+    owners: dict[int, _Owner] = {}
+    for i in indices:
+        region, block = found[i]
+        module = block.traced.module.get_submodule(block.scope)
+        owner = owners.setdefault(id(module), _Owner(module, region.absolute(block.scope), set(), []))
+        owner.within.update(_inner_modules(block))
+        owner.indices.append(i)
+    # A module that is entered on the way to another one's sum is rewritten there.
+    while True:
+        entered = {inner: key for key, owner in owners.items() for inner in owner.within if inner in owners}
+        if not entered:
+            return list(owners.values())
+        inner, key = next(iter(entered.items()))
+        owner = owners.pop(inner)
+        owners[key].within.update(owner.within)
+        owners[key].indices.extend(owner.indices)
+        owners[key].indices.sort()
+
+
 def _plan_rewrites(
-    sums: Sequence[tuple[int, Found]], convs: dict[int, Conv], plan: _Plan, reasons: dict[int, str]
+    found: Sequence[Found], convs: Mapping[int, Conv], plan: _Plan, reasons: dict[int, str]
 ) -> dict[int, str]:
     """Plans the modules that hold the sums; what cannot be is added to ``reasons``. Returns the convolutions' paths."""
-    groups: dict[int, tuple[nn.Module, str, set[int], list[tuple[int, Found]]]] = {}
-    for i, each in sums:
-        scope = each.block.scope
-        owner = each.block.traced.module.get_submodule(scope)
-        group = groups.setdefault(id(owner), (owner, each.region.absolute(scope), set(), []))
-        group[2].update(_inner_modules(each.block))
-        group[3].append((i, each))
-    merged = True
-    while merged:  # a module that is entered on the way to another one's block is rewritten there
-        merged = False
-        for key, (_, _, within, blocks) in list(groups.items()):
-            holder = next((k for k, group in groups.items() if k != key and key in group[2]), None)
-            if holder is not None:
-                groups[holder][2].update(within)
-                groups[holder][3].extend(blocks)
-                del groups[key]
-                merged = True
-                break
-    names: dict[int, str] = {}
-    for owner, path, within, blocks in groups.values():
+    paths: dict[int, str] = {}
+    for owner in _owners(found, [i for i in convs if not found[i].block.is_chain]):
+        names = slot_names(owner.module, len(owner.indices))
+        blocks = [(found[i].block, name, convs[i]) for i, name in zip(owner.indices, names, strict=True)]
         try:
-            rewrite = plan_rewrite(owner, frozenset(within), [(each.block, convs[i]) for i, each in blocks])
+            plan.rewrites.append(plan_rewrite(owner.module, frozenset(owner.within), blocks))
         except UnfoldableError as error:
-            reasons.update((i, str(error)) for i, _ in blocks)
-            continue
-        plan.rewrites.append(rewrite)
-        for (i, _), (_, name, _) in zip(blocks, rewrite.replacements, strict=True):
-            names[i] = ".".join(filter(None, (path, name)))
-    return names
+            reasons.update((i, str(error)) for i in owner.indices)
+        else:
+            paths.update((i, _join(owner.path, name)) for i, name in zip(owner.indices, names, strict=True))
+    return paths
+
+
+def conv_paths(found: Sequence[Found]) -> dict[int, str]:
+    """Where the convolution of each foldable block will be, by index."""
+    paths = {i: each.path for i, each in enumerate(found) if each.block.is_chain}
+    for owner in _owners(found, [i for i, each in enumerate(found) if not (each.block.is_chain or each.block.reason)]):
+        names = slot_names(owner.module, len(owner.indices))
+        paths.update((i, _join(owner.path, name)) for i, name in zip(owner.indices, names, strict=True))
+    return paths
+
+
+def _join(*names: str) -> str:
+    return ".".join(filter(None, names))
 
 
 def _inner_modules(block: Block) -> Iterator[int]:
@@ -327,15 +353,26 @@ def absorb_relus(model: nn.Module) -> None:
     for region in find_regions(model)[0]:
         traced = region.traced
         for node in traced.graph.nodes:
-            user = next(iter(node.users)) if len(node.users) == 1 else None
-            if user is None or node.op != "call_module" or user.op != "call_module":
+            conv, relu = _called(traced, node), _called(traced, _reader(traced, node))
+            if not isinstance(conv, RepConv3x3) or type(relu) is not nn.ReLU or conv.activation != "identity":
                 continue
-            conv, relu = (traced.module.get_submodule(str(each.target)) for each in (node, user))
-            once = all(traced.calls[id(m)] == 1 and id(m) not in region.elsewhere for m in (conv, relu))
-            if once and isinstance(conv, RepConv3x3) and type(relu) is nn.ReLU and conv.activation == "identity":
+            if all(traced.calls[id(m)] == 1 and id(m) not in region.elsewhere for m in (conv, relu)):
                 conv.activation = "relu"
                 replaced[id(relu)] = nn.Identity().train(relu.training)
     replace_modules(model, replaced)
+
+
+def _reader(traced: Traced, node: Node) -> Node | None:
+    """The only reader of what ``node`` computes, behind layers that do nothing; None if there are several."""
+    while len(node.users) == 1:
+        node = next(iter(node.users))
+        if type(_called(traced, node)) is not nn.Identity:
+            return node
+    return None
+
+
+def _called(traced: Traced, node: Node | None) -> nn.Module | None:
+    return None if node is None or node.op != "call_module" else traced.module.get_submodule(str(node.target))
 
 
 def _deployed(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -349,15 +386,14 @@ def _deployed_entry(path: str, module: nn.Module) -> Entry:
     name = next(name for name in DEPLOYED_NAMES if isinstance(module._modules.get(name), (RepConv3x3, nn.Conv2d)))
     conv = module.get_submodule(name)
     count = _parameter_count(conv)
-    where = ".".join(filter(None, (path, name)))
-    return Entry(path, type(module).__name__, "", "deployed", "", "deployed", where, count, count)
+    return Entry(path, type(module).__name__, "", "deployed", "", "deployed", _join(path, name), count, count)
 
 
 def _drop_training_parts(model: nn.Module) -> Iterator[str]:
     """Removes the auxiliary heads of every RepVGGplus whose blocks are all deployed; yields their paths."""
     for path, module in list(model.named_modules()):
         if isinstance(module, RepVGGplus) and module.deploy:
-            yield from (f"{path}.{name}" if path else name for name in module.drop_auxiliary_heads())
+            yield from (_join(path, name) for name in module.drop_auxiliary_heads())
 
 
 def _parameter_count(module: nn.Module) -> int:

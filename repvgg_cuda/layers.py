@@ -194,7 +194,9 @@ class _Reader:
         if target is F.dropout and _argument(node, 2, "training") is False:
             return self._pass(node, node.args[0], path)
         if target is operator.neg:
-            return self._unary(node, node.args[0], "scale", lambda args: affine.scaled(args[0], -_one(args[0]), 0), path)
+            return self._unary(
+                node, node.args[0], "scale", lambda args: affine.scaled(args[0], -_one(args[0]), 0), path
+            )
         if target is sum and len(node.args) == 1 and isinstance(node.args[0], (tuple, list)):
             terms = tuple(node.args[0])
             if all(isinstance(term, Node) for term in terms):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -128,15 +129,14 @@ _SLOTS: tuple[tuple[frozenset[str], str], ...] = (
 )
 
 
-def slot_name(module: nn.Module) -> str:
-    """The attribute for the deployed convolution of ``module``: that of its family, where known, else "reparam"."""
-    names = {name for name, child in module.named_children() if child is not None}
-    if "reparam_conv" in vars(module) and module.reparam_conv is None:
-        return "reparam_conv"
-    name = next((slot for branches, slot in _SLOTS if branches <= names), "reparam")
-    if getattr(module, name, None) is None:
-        return name
-    return next(f"{name}_{i}" for i in range(1, 10**6) if not hasattr(module, f"{name}_{i}"))
+def slot_names(module: nn.Module, count: int) -> list[str]:
+    """Attributes for ``count`` deployed convolutions: the first named as in the family of ``module``, if it has one."""
+    children = {name for name, child in module.named_children() if child is not None}
+    name = next((slot for branches, slot in _SLOTS if branches <= children), "reparam")
+    if "reparam_conv" in vars(module):  # timm: None until then
+        name = "reparam_conv"
+    candidates = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
+    return list(itertools.islice((each for each in candidates if getattr(module, each, None) is None), count))
 
 
 #: Names under which a deployed convolution stands in a block.
@@ -146,26 +146,18 @@ DEPLOYED_NAMES = frozenset(slot for _, slot in _SLOTS)
 # ------------------------------------------------------------------------------------------------------------ the plan
 
 
-class Replacement(NamedTuple):
-    """A block that becomes a call of ``conv``, the child ``name`` of the module that owns the rewritten graph."""
-
-    block: Block
-    name: str
-    conv: RepConv3x3 | nn.Conv2d
-
-
 class Rewrite(NamedTuple):
     """A module and its new graph, in which the blocks are single calls. Nothing is changed yet."""
 
     owner: nn.Module
     within: frozenset[int]
     graph: fx.Graph
-    replacements: tuple[Replacement, ...]
+    convs: dict[str, RepConv3x3 | nn.Conv2d]  # by the name of the child that each becomes
     consumed: frozenset[int]  # ids of modules and tensors that only the blocks use
 
 
 def plan_rewrite(
-    owner: nn.Module, within: frozenset[int], blocks: Sequence[tuple[Block, RepConv3x3 | nn.Conv2d]]
+    owner: nn.Module, within: frozenset[int], blocks: Sequence[tuple[Block, str, RepConv3x3 | nn.Conv2d]]
 ) -> Rewrite:
     """The graph of ``owner`` (entering the modules ``within``) with the convolutions in the place of the blocks.
 
@@ -177,32 +169,22 @@ def plan_rewrite(
     except UntraceableError as error:
         raise UnfoldableError(f"{type(owner).__name__} cannot be traced by itself: {error}") from error
     found = []
-    for block, _ in blocks:
+    for block, _, _ in blocks:
         place = matching_sum(traced, block)
         if place is None:
             raise UnfoldableError(f"its sum is not found again in the {type(owner).__name__} that holds it")
         found.append(place)
     consumed: set[int] = set()
-    replacements = []
-    taken: set[str] = set()
-    for (block, conv), (root, nodes) in zip(blocks, found, strict=True):
+    for (block, name, _), (root, nodes) in zip(blocks, found, strict=True):
         consumed.update(id(tensor) for tensor in _tensors_of(traced, nodes))
         consumed.update(block.module_ids)
-        name = slot_name(owner) if not taken else _free_name(owner, taken)
-        taken.add(name)
         with traced.graph.inserting_before(nodes[-1]):
             call = traced.graph.call_module(name, (root,))
         nodes[-1].replace_all_uses_with(call)
         for node in reversed(nodes):
             traced.graph.erase_node(node)
-        replacements.append(Replacement(block, name, conv))
     _drop_unused_constants(traced.graph)
-    return Rewrite(owner, within, traced.graph, tuple(replacements), frozenset(consumed))
-
-
-def _free_name(owner: nn.Module, taken: set[str]) -> str:
-    first = slot_name(owner)
-    return next(name for i in range(1, 10**6) if (name := f"{first}_{i}") not in taken and not hasattr(owner, name))
+    return Rewrite(owner, within, traced.graph, {name: conv for _, name, conv in blocks}, frozenset(consumed))
 
 
 def _drop_unused_constants(graph: fx.Graph) -> None:
@@ -217,7 +199,7 @@ def _drop_unused_constants(graph: fx.Graph) -> None:
 def install(rewrite: Rewrite) -> None:
     """Carries out the plan."""
     owner, graph = rewrite.owner, rewrite.graph
-    for _, name, conv in rewrite.replacements:
+    for name, conv in rewrite.convs.items():
         vars(owner).pop(name, None)
         setattr(owner, name, conv.train(owner.training))
     _remove_branches(owner, graph, rewrite.consumed)
@@ -297,7 +279,7 @@ def _source(graph: fx.Graph) -> tuple[str, Globals]:
     return code.src, tuple(names)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _rewritten_class(base: type[nn.Module], source: str, names: Globals) -> type[nn.Module]:
     """A subclass of ``base`` with another forward; one and the same for blocks that are alike."""
     namespace: dict[str, Any] = {
@@ -308,7 +290,9 @@ def _rewritten_class(base: type[nn.Module], source: str, names: Globals) -> type
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         function, arguments, *rest = super(kind, self).__reduce_ex__(protocol)  # type: ignore[misc]
         if function is not copyreg.__newobj__ or arguments != (kind,):
-            raise TypeError(f"{base.__name__} pickles and copies in its own way, which a converted module cannot follow")
+            raise TypeError(
+                f"{base.__name__} pickles and copies in its own way, which a converted module cannot follow"
+            )
         return (_new, (base, source, names), *rest)
 
     attributes = {
@@ -346,7 +330,9 @@ def rest_of_batchnorm(module: nn.Module) -> nn.Module:
     calls = [node for node in graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
     output = next(node for node in graph.nodes if node.op == "output")
     in_a_row = [calls[i].args[0] is calls[i - 1] and len(calls[i].args) == 1 for i in range(1, len(calls))]
-    layers = {str(node.target): module.get_submodule(str(node.target)) for node in calls[1:] if node.op == "call_module"}
+    layers = {
+        str(node.target): module.get_submodule(str(node.target)) for node in calls[1:] if node.op == "call_module"
+    }
     if not all(in_a_row) or len(layers) != len(calls) - 1 or output.args != (calls[-1],):
         raise UnfoldableError(f"its {type(module).__name__} does more than normalise and call layers in a row")
     rest = nn.Sequential()

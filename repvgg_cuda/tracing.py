@@ -86,8 +86,6 @@ def require_default(value: Any, default: Any, name: str) -> None:
 
 
 class _Tracer(fx.Tracer):
-    proxy_buffer_attributes = True
-
     def __init__(self, closed: Collection[int], within: Collection[int] | None) -> None:
         super().__init__()
         self.closed, self.within = closed, within
@@ -95,6 +93,21 @@ class _Tracer(fx.Tracer):
         self.opaque: dict[str, str] = {}
         self.call_counts: Counter[int] = Counter()
         self._stack: tuple[str, ...] = ()
+        self._names: dict[int, str] = {}  # of parameters and buffers, by id
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Parameters and buffers become nodes. (The inherited search for their names takes quadratic time.)"""
+        if not isinstance(attr_val, torch.Tensor):
+            return attr_val
+        if not self._names:
+            tensors = (*self.root.named_parameters(), *self.root.named_buffers())
+            self._names = {id(tensor): name for name, tensor in reversed(tensors)}
+        name = self._names.get(id(attr_val))
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if self.within is not None and id(m) not in self.within:
@@ -155,7 +168,9 @@ class _Tracer(fx.Tracer):
             return result
 
         def mark(value: Any) -> Any:
-            return self.create_proxy("call_function", hooked, (value, path), {}) if isinstance(value, fx.Proxy) else value
+            return (
+                self.create_proxy("call_function", hooked, (value, path), {}) if isinstance(value, fx.Proxy) else value
+            )
 
         return torch.utils._pytree.tree_map(mark, result)
 
@@ -189,7 +204,11 @@ def _is_look(node: Node) -> bool:
     """Whether ``node`` only reads properties of tensors, or compares numbers."""
     if node.op == "call_method":
         return node.target in ("size", "dim", "numel")
-    return node.op == "call_function" and getattr(node.target, "__module__", "") in ("_operator", "builtins", "operator")
+    return node.op == "call_function" and getattr(node.target, "__module__", "") in (
+        "_operator",
+        "builtins",
+        "operator",
+    )
 
 
 def children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -256,10 +275,23 @@ def find_regions(model: nn.Module) -> tuple[list[Region], list[str]]:
             _note(notes, region.absolute(path), opaque, reason)
             visit_children(region.absolute(path), opaque, whole.calls, elsewhere)
         for i in shared:
+            if not traced.calls[i]:
+                continue  # within another one
             path, each = by_id[i]
             inner = _calls_within(each)
-            outside = {id(m) for m in each.modules() if m is not each and whole.calls[id(m)] != whole.calls[i] * inner[id(m)]}
+            times = whole.calls[i]
+            outside = {id(m) for m in each.modules() if m is not each and whole.calls[id(m)] != times * inner[id(m)]}
             visit(region.absolute(path), each, elsewhere | outside)
+        visit_unreached(prefix, module, whole.calls, elsewhere)
+
+    def visit_unreached(prefix: str, module: nn.Module, calls: Counter[int], elsewhere: frozenset[int]) -> None:
+        """What another method than forward may call."""
+        for name, child in children(module):
+            path = ".".join(filter(None, (prefix, name)))
+            if not any(calls[id(each)] for each in child.modules()):
+                visit(path, child, elsewhere)
+            elif not is_layer(child):
+                visit_unreached(path, child, calls, elsewhere)
 
     visit("", model, frozenset())
     return regions, notes
@@ -275,4 +307,6 @@ def _calls_within(module: nn.Module) -> Counter[int]:
 def _note(notes: list[str], path: str, module: nn.Module, reason: str) -> None:
     if any(isinstance(each, nn.Conv2d) for each in module.modules()):
         where = path or "the model itself"
-        notes.append(f"{where} ({type(module).__name__}) cannot be traced, its modules were looked at one by one: {reason}")
+        notes.append(
+            f"{where} ({type(module).__name__}) cannot be traced, its modules were looked at one by one: {reason}"
+        )

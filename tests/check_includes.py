@@ -23,11 +23,11 @@ OPS_SEES = {"cpu/algos.h", "cpu/chain.h", "cpu/fuse_weights.h", "cuda/algos.h"}
 #: Layers of the Python package, lowest first. A module imports from lower layers or its own.
 LAYERS = [
     {"_version", "branches", "packed", "_ext"},
-    {"reference", "explanation", "_registration", "structure"},
-    {"ops", "testing"},
-    {"modules", "prepared", "timing", "environment"},
+    {"reference", "explanation", "_registration", "structure", "affine", "report"},
+    {"ops", "testing", "tracing", "layers", "blocks"},
+    {"modules", "prepared", "timing", "environment", "rewriting"},
     {"models", "preparation", "runs", "convert"},
-    {"verification", "state_dict", "checkpoint", "digits", "suites"},
+    {"verification", "state_dict", "checkpoint", "digits", "suites", "deployment", "unfusion"},
     {"info", "picture", "bench"},
     {"demo"},
     {"cli"},
