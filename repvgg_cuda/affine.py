@@ -42,6 +42,7 @@ class Affine:
     dilation: Pair = (1, 1)
     groups: int = 1
     roundings: int = 0
+    is_identity: bool = False  # made by identity(), and nothing since
 
     @property
     def in_channels(self) -> int:
@@ -60,12 +61,6 @@ class Affine:
         """How far the output is smaller than the input, before striding: 0 is "same"."""
         spans = ((k - 1) * d - 2 * p for k, d, p in zip(self.kernel_size, self.dilation, self.padding, strict=True))
         return tuple(spans)  # type: ignore[return-value]
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether the map is ``x`` itself, in the form of :func:`identity`."""
-        depthwise = self.is_pointwise and self.stride == (1, 1) and self.groups == self.in_channels == self.out_channels
-        return depthwise and bool((self.weight == 1).all()) and not bool(self.bias.any())
 
     @property
     def is_pointwise(self) -> bool:
@@ -104,7 +99,7 @@ def identity(channels: int, device: torch.device | str = "cpu") -> Affine:
     """``x`` itself, as a depthwise 1x1 convolution."""
     ones = torch.ones(channels, 1, 1, 1, dtype=torch.float64, device=device)
     zeros = torch.zeros(channels, dtype=torch.float64, device=device)
-    return Affine(ones, zeros, ones, zeros, groups=channels)
+    return Affine(ones, zeros, ones, zeros, groups=channels, is_identity=True)
 
 
 def convolution(
@@ -137,13 +132,20 @@ def scaled(f: Affine, scale: Tensor, roundings: int = 2) -> Affine:
         weight_magnitude=f.weight_magnitude * columns.abs(),
         bias_magnitude=f.bias_magnitude * factor.abs(),
         roundings=f.roundings + roundings,
+        is_identity=False,
     )
 
 
 def shifted(f: Affine, shift: Tensor) -> Affine:
     """``f(x) + shift``, with one number per channel or one for all."""
     value = shift.detach().double().reshape(-1).expand(f.out_channels)
-    return replace(f, bias=f.bias + value, bias_magnitude=f.bias_magnitude + value.abs(), roundings=f.roundings + 2)
+    return replace(
+        f,
+        bias=f.bias + value,
+        bias_magnitude=f.bias_magnitude + value.abs(),
+        roundings=f.roundings + 2,
+        is_identity=False,
+    )
 
 
 def normalised(f: Affine, bn: BatchNorm) -> Affine:
@@ -178,7 +180,7 @@ def composed(outer: Affine, inner: Affine) -> Affine:
                 f"a {size} kernel follows one of {first}, stride {inner.stride}, without a nonlinearity between them: "
                 "at the border one convolution cannot pad with zeros what the first computes"
             )
-        if outer.padding != (0, 0) and bool((inner.bias != 0).any()):
+        if outer.padding != (0, 0) and (inner.bias.device.type == "meta" or bool((inner.bias != 0).any())):
             raise UnfoldableError(
                 f"a {size} kernel pads with zeros what a 1x1 layer with a bias or BatchNorm computes, so at the border "
                 "one convolution is not the same"
@@ -222,7 +224,9 @@ def with_groups(f: Affine, groups: int) -> Affine:
             new[:, i, :, i] = old[:, i]
         return new.reshape(k, parts * c, *kernel.shape[2:])
 
-    return replace(f, weight=spread(f.weight), weight_magnitude=spread(f.weight_magnitude), groups=groups)
+    return replace(
+        f, weight=spread(f.weight), weight_magnitude=spread(f.weight_magnitude), groups=groups, is_identity=False
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- sums
@@ -251,6 +255,7 @@ def added(f: Affine, g: Affine) -> Affine:
         weight_magnitude=f.weight_magnitude + g.weight_magnitude,
         bias_magnitude=f.bias_magnitude + g.bias_magnitude,
         roundings=max(f.roundings, g.roundings) + 2,
+        is_identity=False,
     )
 
 
@@ -291,4 +296,5 @@ def _on_grid(f: Affine, dilation: Pair, padding: Pair) -> Affine:
         weight_magnitude=placed(f.weight_magnitude),
         padding=padding,
         dilation=dilation,
+        is_identity=False,
     )

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+from torch import Tensor
+from torch.nn.utils import parametrize
 
 from repvgg_cuda.blocks import Block, find_blocks
 from repvgg_cuda.models import RepVGGplus
@@ -174,6 +176,7 @@ def _entry(found: Found, reason: str | None, name: str, conv: Conv | None) -> En
         kind="chain" if block.is_chain else "sum",
         parameters_before=count,
         parameters_after=count,
+        weights_before=sum(layer.weights for layer in block.layers),
     )
     if reason is not None or conv is None:
         return entry
@@ -275,12 +278,19 @@ def _plan_chain(block: Block, weight: nn.Parameter, bias: nn.Parameter) -> _Chai
             if not isinstance(module, nn.modules.batchnorm._BatchNorm) and layer.node.op == "call_function":
                 raise UnfoldableError(f"its BatchNorm is a function that {type(module).__name__} calls")
             replaced[id(module)] = rest_of_batchnorm(module)
-    if torch.nn.utils.parametrize.is_parametrized(conv):  # its weight is computed: it cannot be assigned
-        options = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-        plain = nn.Conv2d(conv.in_channels, conv.out_channels, *options, groups=conv.groups, device="meta")
-        plain.weight, plain.bias = weight, bias
-        replaced[id(conv)] = plain.train(conv.training)
+    if parametrize.is_parametrized(conv):  # its weight is computed: it cannot be assigned
+        replaced[id(conv)] = _plain_conv(conv, weight, bias)
     return _Chain(conv, weight, bias, replaced)
+
+
+def _plain_conv(conv: nn.Conv2d, weight: Tensor | None, bias: Tensor | None) -> nn.Conv2d:
+    """A convolution of the geometry of ``conv`` with weights of its own."""
+    options = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+    plain = nn.Conv2d(conv.in_channels, conv.out_channels, *options, bias=bias is not None, device="meta")
+    assert weight is not None
+    plain.weight = nn.Parameter(weight, requires_grad=weight.requires_grad)
+    plain.bias = None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad)
+    return plain.train(conv.training)
 
 
 @torch.no_grad()
@@ -319,7 +329,11 @@ def _double(block: Block) -> nn.Module:
     memo: dict[int, object] = {}
     for path in needed:
         parent, _, name = path.rpartition(".")
-        _holder(root, parent).add_module(name, copy.deepcopy(block.traced.module.get_submodule(path), memo).double())
+        module = block.traced.module.get_submodule(path)
+        if isinstance(module, nn.Conv2d) and parametrize.is_parametrized(module):  # as float64 it has another weight
+            weight, bias = (None if p is None else p.detach().clone() for p in (module.weight, module.bias))
+            module = _plain_conv(module, weight, bias)
+        _holder(root, parent).add_module(name, copy.deepcopy(module, memo).double())
     for path, value in block.constants().items():
         parent, _, name = path.rpartition(".")
         if not hasattr(holder := _holder(root, parent), name):

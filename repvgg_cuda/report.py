@@ -23,7 +23,7 @@ class Entry:
 
     ``path``: of the module that holds the block, or of the convolution of a chain. ``family``: the class of that module.
     ``kind``: "sum" of branches, or "chain" of a convolution and BatchNorms. ``conv``: the path of the one convolution.
-    ``parameters_*``: of the block's layers alone. ``flops_*``: multiplications and additions of its convolutions on the
+    ``parameters_*``: of the block's layers alone. ``weights_before``: of its convolutions alone. ``flops_*``: multiplications and additions of its convolutions on the
     example input; None without one. ``range_growth``: the largest folded weight in units of the largest trained one; wide
     ranges are what makes int8 quantisation after fusion fail. ``denormals``: folded weights that are denormal numbers,
     which some CPUs multiply slowly. ``error``, ``bound``: from verification, of the element that uses most of its bound.
@@ -38,6 +38,7 @@ class Entry:
     conv: str = ""
     parameters_before: int = 0
     parameters_after: int = 0
+    weights_before: int = 0
     flops_before: int | None = None
     flops_after: int | None = None
     range_growth: float | None = None
@@ -57,7 +58,8 @@ class Report:
 
     ``entries``: one per block, in the order of execution. ``dropped``: training-only parts that were removed. ``notes``:
     what could not be looked into, with the reason. ``parameters_before`` and ``parameters_after`` count the whole model.
-    ``denormals_flushed``: whether denormal weights were set to zero. ``verification``: the verdict, where there was one.
+    ``denormals_flushed``: whether denormal weights were set to zero. ``preparation``, ``verification``: the summaries of
+    those steps, where they were taken.
     """
 
     entries: tuple[Entry, ...]
@@ -66,6 +68,7 @@ class Report:
     parameters_after: int
     notes: tuple[str, ...] = ()
     denormals_flushed: bool = False
+    preparation: str = ""
     verification: str = ""
 
     def _with(self, status: Status) -> tuple[Entry, ...]:
@@ -118,7 +121,7 @@ class Report:
         if denormals:
             done = "set to zero" if self.denormals_flushed else "kept; flush_denormals=True sets them to zero"
             lines.append(f"{denormals:,} folded weights are denormal numbers, {done}")
-        return lines + ([self.verification] if self.verification else [])
+        return lines + [each for each in (self.preparation, self.verification) if each]
 
     def render(self) -> Table:
         """The table for a ``rich.console.Console``, what was left in yellow."""

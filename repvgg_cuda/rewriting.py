@@ -226,9 +226,10 @@ def _remove_branches(owner: nn.Module, graph: fx.Graph, consumed: frozenset[int]
         return bool(tensors) or any(id(each) in consumed for each in inner)
 
     def visit(module: nn.Module) -> None:
-        for name, parameter in list(module._parameters.items()):
-            if parameter is not None and id(parameter) in consumed and id(parameter) not in read:
-                del module._parameters[name]
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in list(tensors.items()):
+                if tensor is not None and id(tensor) in consumed and id(tensor) not in read:
+                    del tensors[name]
         for name, child in list(module._modules.items()):
             if child is None:
                 continue

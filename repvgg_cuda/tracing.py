@@ -128,7 +128,8 @@ class _Tracer(fx.Tracer):
             value = self.create_proxy("placeholder", parameter.name, (parameter.default,), {})
             self.create_proxy("call_function", require_default, (value, parameter.default, parameter.name), {})
             args.append(parameter.default)
-        return type(self.root).forward if root_fn is type(self.root).forward else _unbound(self.root), args
+        own = vars(self.root).get("forward")  # set on the instance
+        return root_fn if own is None else lambda _, *given: own(*given), args
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         node = super().create_node(*args, **kwargs)
@@ -175,11 +176,6 @@ class _Tracer(fx.Tracer):
         return torch.utils._pytree.tree_map(mark, result)
 
 
-def _unbound(module: nn.Module) -> Callable[..., Any]:
-    """The forward that ``module`` has of its own, as a function of the module and its arguments."""
-    return lambda _, *args: module.forward(*args)
-
-
 @contextlib.contextmanager
 def _attributes_kept(module: nn.Module) -> Iterator[None]:
     """Undoes what a forward stores in its modules while it is traced."""
@@ -211,15 +207,6 @@ def _is_look(node: Node) -> bool:
     )
 
 
-def children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules within ``module`` that may be called: of its containers (ModuleList, ModuleDict), what they hold."""
-    for name, child in module.named_children():
-        if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
-            yield from ((f"{name}.{inner}", each) for inner, each in children(child))
-        else:
-            yield name, child
-
-
 # -------------------------------------------------------------------------------------------------------------- regions
 
 
@@ -238,6 +225,10 @@ class Region:
         return ".".join(filter(None, (self.prefix, path)))
 
 
+#: Modules that only hold or call others: those are looked at.
+_HOLDERS = (nn.ModuleList, nn.ModuleDict, nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
 def find_regions(model: nn.Module) -> tuple[list[Region], list[str]]:
     """The model as graphs, and notes on what stays unseen.
 
@@ -249,16 +240,18 @@ def find_regions(model: nn.Module) -> tuple[list[Region], list[str]]:
     seen: set[int] = set()
 
     def visit_children(prefix: str, module: nn.Module, calls: Counter[int], elsewhere: frozenset[int]) -> None:
-        for name, child in children(module):
+        for name, child in module.named_children():
             called = {id(each) for each in child.modules() if calls[id(each)]}
             visit(".".join(filter(None, (prefix, name))), child, elsewhere | called)
 
     def visit(prefix: str, module: nn.Module, elsewhere: frozenset[int]) -> None:
-        if id(module) in seen or is_layer(module):
+        if id(module) in seen:
             return
         seen.add(id(module))
-        if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or "_orig_mod" in module._modules:
+        if isinstance(module, _HOLDERS) or "_orig_mod" in module._modules:
             return visit_children(prefix, module, Counter(), elsewhere)
+        if is_layer(module):
+            return
         try:
             whole = traced = trace(module)
             by_id = {id(each): (path, each) for path, each in module.named_modules()}
@@ -286,7 +279,7 @@ def find_regions(model: nn.Module) -> tuple[list[Region], list[str]]:
 
     def visit_unreached(prefix: str, module: nn.Module, calls: Counter[int], elsewhere: frozenset[int]) -> None:
         """What another method than forward may call."""
-        for name, child in children(module):
+        for name, child in module.named_children():
             path = ".".join(filter(None, (prefix, name)))
             if not any(calls[id(each)] for each in child.modules()):
                 visit(path, child, elsewhere)

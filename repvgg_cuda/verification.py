@@ -44,7 +44,7 @@ class Row:
 
     ``max_error`` is the largest absolute error. ``error``, ``bound`` and their ratio ``share`` belong to the element
     that uses most of its bound. ``trained_error``: the largest of the trained network in the same dtype; for the whole
-    network only.
+    network only. ``conv``: the path of the folded convolution.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Row:
     share: float
     ok: bool
     trained_error: float | None = None
+    conv: str | None = None
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,7 @@ class Verification:
 # --------------------------------------------------------------------------------------------------------- comparison
 
 
-@torch.no_grad()
-def verify(trained: nn.Module, deployed: nn.Module, inputs: Tensor) -> Verification:
+def verify(trained: nn.Module, deployed: nn.Module, inputs: Tensor | Sequence[Any]) -> Verification:
     """Compares ``deployed`` with ``trained``, layer by layer and as a whole, against ``trained`` in float64.
 
     Per folded layer: the float64 network's input to it, rounded to the layer's dtype, goes through the deployed
@@ -155,31 +155,35 @@ def verify(trained: nn.Module, deployed: nn.Module, inputs: Tensor) -> Verificat
     Args:
         trained, deployed: in eval mode, on one device; neither is modified. Outputs may be tensors or nested lists,
             tuples and dicts of them; their floating point tensors are compared.
-        inputs: what both take, ``[N, C_in, H, W]``; rounded to the dtype of ``deployed``.
+        inputs: what both take: ``[N, C_in, H, W]``, or a tuple of arguments; rounded to the dtype of ``deployed``.
     Raises:
         RuntimeError: a model is in training mode, nothing of ``trained`` is folded in ``deployed``, or the two are not
             the same network; the message says which.
     Note:
         Runs with TF32 off, which the bounds for float32 do not cover.
     """
+    return compare(trained, deployed, inputs, needs_layers=True)
+
+
+@torch.no_grad()
+def compare(
+    trained: nn.Module, deployed: nn.Module, inputs: Tensor | Sequence[Any], *, needs_layers: bool
+) -> Verification:
+    """:func:`verify`; without ``needs_layers`` also where nothing is folded."""
     trained, deployed = _unwrap(trained), _unwrap(deployed)
     _check_eval("trained", trained)
     _check_eval("deployed", deployed)
     dtype = _dtype(deployed)
-    require(
-        isinstance(inputs, Tensor) and inputs.is_floating_point() and inputs.numel() > 0,
-        "verify: inputs must be a floating point tensor with at least one element, such as a batch of images",
-    )
-    x = inputs.to(dtype)
+    x = arguments(inputs, deployed)
     with _without_tf32():
         oracle = copy.deepcopy(trained).double()
-        pairs, not_compared = _pairs(oracle, deployed)
+        pairs, not_compared = _pairs(oracle, deployed, needs_layers)
         rows = _record_layers(pairs, not_compared)
-        want = oracle(x.double())
+        want = oracle(*cast(x, torch.float64))
         # float64 has no wider oracle; there the error in float32 is scaled down by the ratio of the roundings.
         own_dtype = torch.float32 if dtype == torch.float64 else dtype
         same_dtype = trained if _dtype(trained) == own_dtype else copy.deepcopy(trained).to(own_dtype)
-        got, own = deployed(x), same_dtype(x.to(own_dtype))
+        got, own = deployed(*x), same_dtype(*cast(x, own_dtype))
     for path in pairs:
         if path not in rows and path not in not_compared:
             not_compared[path] = "these inputs do not reach it"
@@ -189,6 +193,23 @@ def verify(trained: nn.Module, deployed: nn.Module, inputs: Tensor) -> Verificat
         _agreement(want, got),
         dtype_name(dtype),
     )
+
+
+def arguments(inputs: Tensor | Sequence[Any], model: nn.Module) -> tuple[Any, ...]:
+    """``inputs`` as arguments of ``model``, floating point tensors rounded to its dtype."""
+    values = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    tensors = [each for each in values if isinstance(each, Tensor) and each.is_floating_point()]
+    require(
+        len(tensors) > 0 and all(each.numel() > 0 for each in tensors),
+        "verify: inputs must be a floating point tensor with at least one element, such as a batch of images, or a "
+        "tuple of arguments with one among them",
+    )
+    return cast(values, _dtype(model))
+
+
+def cast(values: Sequence[Any], dtype: torch.dtype) -> tuple[Any, ...]:
+    """The floating point tensors among ``values`` in ``dtype``, the rest as it is."""
+    return tuple(v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for v in values)
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -228,9 +249,10 @@ class _Pair(NamedTuple):
 
     found: Found
     conv: Conv
+    path: str  # of conv
 
 
-def _pairs(oracle: nn.Module, deployed: nn.Module) -> tuple[dict[str, _Pair], dict[str, str]]:
+def _pairs(oracle: nn.Module, deployed: nn.Module, needs_layers: bool) -> tuple[dict[str, _Pair], dict[str, str]]:
     """The deployed convolution of each block of ``oracle``, by path; and blocks without one, with the reason."""
     found, _ = find(oracle)
     paths = conv_paths(found)
@@ -239,6 +261,8 @@ def _pairs(oracle: nn.Module, deployed: nn.Module) -> tuple[dict[str, _Pair], di
     not_compared: dict[str, str] = {}
     for i, each in enumerate(found):
         holder = each.region.absolute(each.block.scope)
+        if each.block.is_chain and (holder not in others or _keeps_batchnorms(each, others)):
+            continue  # left as it was, or dropped as only training needs it
         require(
             holder in others,
             f"verify: deployed has no module '{holder}', which is a block of trained: not its conversion",
@@ -246,15 +270,14 @@ def _pairs(oracle: nn.Module, deployed: nn.Module) -> tuple[dict[str, _Pair], di
         if each.block.reason:
             not_compared[each.path] = f"it cannot be folded: {each.block.reason}"
             continue
-        conv = next((others[path] for path in (paths[i], holder) if isinstance(others.get(path), Conv)), None)
-        if each.block.is_chain and _keeps_batchnorms(each, others):
-            continue  # a layer that was left as it was
+        where = next((path for path in (paths[i], holder) if isinstance(others.get(path), Conv)), "")
+        conv = others[where]
         if isinstance(conv, Conv):
-            pairs[each.path if each.path not in pairs else paths[i]] = _Pair(each, conv)
+            pairs[each.path if each.path not in pairs else paths[i]] = _Pair(each, conv, where)
         else:
             not_compared[each.path] = f"it is not folded in deployed, but a {type(others[holder]).__name__}"
     require(
-        len(pairs) > 0,
+        len(pairs) > 0 or not needs_layers,
         "verify: there is no block with branches in trained and folded in deployed to compare; give the trained model "
         "first, then the deployed one",
     )
@@ -323,7 +346,7 @@ def _layer_row(path: str, pair: _Pair, x64: Tensor) -> Row:
     weight_bound += torch.finfo(conv.weight.dtype).smallest_normal * (conv.weight == 0)
     fold = replace(folded, weight=weight_bound, bias=bias_bound)
     bound = bound + fold(exact.abs()) + 2 * folded.evaluation_bound(exact)
-    return _row(path or "(the model itself)", block.branches, got, want, bound)
+    return replace(_row(path or "(the model itself)", block.branches, got, want, bound), conv=pair.path)
 
 
 def _check_same_geometry(path: str, conv: Conv, folded: Affine) -> None:

@@ -294,7 +294,9 @@ def test_blocks_without_a_counterpart_are_named() -> None:
             return y + self.left.dense(y)
 
     trained = randomise_(Branching()).eval()
-    with pytest.warns(UserWarning, match="cannot fold 1 block: .the model itself.: left.dense has padding_mode 'reflect'"):
+    with pytest.warns(
+        UserWarning, match="cannot fold 1 block: .the model itself.: left.dense has padding_mode 'reflect'"
+    ):
         deployed = reparameterize(trained).model
     result = verify(trained, deployed, images())
     assert result.ok, str(result)
