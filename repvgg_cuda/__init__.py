@@ -11,6 +11,7 @@ from repvgg_cuda.modules import RepConv3x3, RepVGGBlock
 from repvgg_cuda.ops import ChainLayer, algorithms, conv3x3, conv3x3_chain, explain, fuse_weights, prepack, refusal
 from repvgg_cuda.preparation import prepare
 from repvgg_cuda.report import Report
+from repvgg_cuda.unfusion import unfuse
 from repvgg_cuda.verification import verify
 
 __all__ = [
@@ -36,5 +37,6 @@ __all__ = [
     "prepare",
     "refusal",
     "reparameterize",
+    "unfuse",
     "verify",
 ]
