@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
@@ -49,8 +50,7 @@ def deploy(
         example_input: what ``model`` takes, a tensor or a tuple of arguments, on its device: a batch of real inputs, if
             there is one. Sizes for which algorithms are chosen, FLOPs and errors in the report come from it; the deployed
             model takes other sizes, too.
-        dtype: of the deployed model; weights are folded in float64 and rounded once to the model's dtype, then to this
-            one. None: as ``model``.
+        dtype: of the deployed model. None: as ``model``.
         memory_format: of the deployed model's weights, such as ``torch.channels_last``. None: as ``model``.
         strict: raise if something that looks like a block was left.
         verify: compare every folded layer and the whole with ``model`` in float64, and raise if one is out of its bound.
@@ -73,9 +73,12 @@ def deploy(
         "deploy: dtype must be float64, float32, float16 or bfloat16, "
         f"got {dtype_name(dtype) if isinstance(dtype, torch.dtype) else dtype}",
     )
+    deployed = copy.deepcopy(model)
+    if dtype is not None:  # wider first, narrower last: folded weights are rounded as little as can be
+        deployed = _widened(deployed, dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "reparameterize: found nothing", UserWarning)
-        deployed, report = reparameterize(model, strict=strict, flush_denormals=flush_denormals)
+        deployed, report = reparameterize(deployed, inplace=True, strict=strict, flush_denormals=flush_denormals)
     deployed = use_own_convolutions(deployed)
     if dtype is not None:
         deployed = deployed.to(dtype)
@@ -97,6 +100,12 @@ def deploy(
             f"deploy: {failure and failure.name} is out of its bound: {verification.summary()}\n{verification}",
         )
     return Conversion(deployed, report)
+
+
+def _widened(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """``model`` in ``dtype``, if that holds all values that its own dtypes can."""
+    own = {tensor.dtype for tensor in model.parameters() if tensor.is_floating_point()}
+    return model.to(dtype) if all(torch.promote_types(each, dtype) == dtype for each in own) else model
 
 
 def _is_image(value: object) -> bool:

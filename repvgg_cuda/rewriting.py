@@ -11,6 +11,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import itertools
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -276,6 +277,7 @@ def _source(graph: fx.Graph) -> tuple[str, Globals]:
     names = [
         (name, isinstance(value, ModuleType), value.__name__ if isinstance(value, ModuleType) else value)
         for name, value in sorted(code.globals.items())
+        if re.search(rf"\b{re.escape(name)}\b", code.src)
     ]
     return code.src, tuple(names)
 

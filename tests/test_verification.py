@@ -301,7 +301,8 @@ def test_blocks_without_a_counterpart_are_named() -> None:
     result = verify(trained, deployed, images())
     assert result.ok, str(result)
     assert result.not_compared == (
-        "(the model itself): it cannot be folded: left.dense has padding_mode 'reflect'; the folded convolution pads zeros",
+        "(the model itself): it cannot be folded: left.dense has padding_mode 'reflect'; the folded convolution pads "
+        "zeros",
         "unused: these inputs do not reach it",
     )
     assert "not compared: unused: these inputs do not reach it" in str(result)
