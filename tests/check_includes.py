@@ -23,13 +23,13 @@ OPS_SEES = {"cpu/algos.h", "cpu/chain.h", "cpu/fuse_weights.h", "cuda/algos.h"}
 #: Layers of the Python package, lowest first. A module imports from lower layers or its own.
 LAYERS = [
     {"_version", "branches", "packed", "_ext", "intervals", "gpus"},
-    {"reference", "explanation", "_registration", "structure"},
-    {"ops", "testing"},
+    {"reference", "explanation", "_registration", "structure", "affine", "report"},
+    {"ops", "testing", "tracing", "layers", "blocks"},
     {"timing", "environment", "devices", "comparison", "files"},
     {"tables", "ceilings", "records", "regression"},
-    {"modules", "prepared"},
+    {"modules", "prepared", "rewriting"},
     {"models", "preparation", "runs", "convert", "baselines", "engines"},
-    {"verification", "state_dict", "checkpoint", "digits", "gpu_model"},
+    {"verification", "state_dict", "checkpoint", "digits", "gpu_model", "deployment", "unfusion"},
     {"checks", "networks", "suites"},
     {"runner", "charts", "page"},
     {"benchmarking"},
