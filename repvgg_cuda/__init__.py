@@ -9,6 +9,7 @@ from repvgg_cuda.models import create_model, model_names
 from repvgg_cuda.modules import RepConv3x3, RepVGGBlock
 from repvgg_cuda.ops import ChainLayer, algorithms, conv3x3, conv3x3_chain, explain, fuse_weights, prepack, refusal
 from repvgg_cuda.preparation import prepare
+from repvgg_cuda.state_dict import fuse_state_dict
 from repvgg_cuda.verification import verify
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "conv3x3_chain",
     "create_model",
     "explain",
+    "fuse_state_dict",
     "fuse_weights",
     "has_cuda_kernels",
     "model_names",

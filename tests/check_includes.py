@@ -22,13 +22,13 @@ OPS_SEES = {"cpu/algos.h", "cpu/chain.h", "cpu/fuse_weights.h", "cuda/algos.h"}
 
 #: Layers of the Python package, lowest first. A module imports from lower layers or its own.
 LAYERS = [
-    {"_version", "branches", "packed", "_ext"},
+    {"_version", "branches", "packed", "_ext", "zoo", "recognition", "renaming", "tensor_files"},
     {"reference", "explanation", "_registration", "structure"},
     {"ops", "testing"},
-    {"modules", "prepared", "timing", "environment"},
+    {"modules", "prepared", "timing", "environment", "block_folds", "folding"},
     {"models", "preparation", "runs", "convert"},
     {"verification", "state_dict", "checkpoint", "digits", "suites"},
-    {"info", "picture", "bench"},
+    {"info", "picture", "bench", "console", "conversion"},
     {"demo"},
     {"cli"},
     {"__main__", "__init__"},
