@@ -114,7 +114,9 @@ class _Reader:
             f"{self.prefix}{kernel} must be {sizes}, got {shape_name(value)}; only blocks of 3x3 and 1x1 branches can "
             "be folded",
         )
-        has_bias = self.left.pop(bias, None) is not None
+        if layout.bias:
+            self.take(bias)
+        has_bias = layout.bias or (layout.bias is None and self.left.pop(bias, None) is not None)
         bn = None if layout.bn is None else self.take_batchnorm(_join(path, layout.bn))
         return _BranchKeys(kernel, bias if has_bias else None, bn)
 
@@ -166,12 +168,13 @@ class BlockFold(Fold):
         """Whether a block without the keys of an identity has one all the same; raises where that is not known."""
         if self._block.identity == "always":
             return True
-        stride_1, channels_agree = self._has_unit_stride(), self._out == self._in_per_group
+        stride_1, narrow = self._has_unit_stride(), max(self._in_per_group, 1)
+        channels_agree = self._zoo.same_channels or self._out == narrow
         if self._block.identity == "by name":
             require(
-                stride_1 is not None or not channels_agree,
-                f"{self.name} has as many output as input channels, and its keys do not say whether it has an identity "
-                "branch, which depends on its stride; build the model and convert that: "
+                stride_1 is not None or self._out % narrow != 0,
+                f"{self.name} may have as many output as input channels, and its keys do not say whether it has an "
+                "identity branch, which depends on its stride and groups; build the model and convert that: "
                 "repvgg_cuda.reparameterize(model)",
             )
             return bool(stride_1) and channels_agree

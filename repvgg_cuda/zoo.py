@@ -18,14 +18,18 @@ Form = Literal["train", "deploy"]
 
 
 class Layout(NamedTuple):
-    """Where below a branch its convolution and its BatchNorm lie; ``""`` is the branch itself, None: there is none."""
+    """Where below a branch its convolution and its BatchNorm lie; ``""`` is the branch itself, None: there is none.
+
+    ``bias``: whether the convolution has one; None: it may.
+    """
 
     conv: str | None
     bn: str | None
+    bias: bool | None = None
 
 
 CONV_BN, CONV_NORM, C_BN, INDEXED = Layout("conv", "bn"), Layout("conv", "norm"), Layout("c", "bn"), Layout("0", "1")
-BARE_CONV, BARE_BN = Layout("", None), Layout(None, "")
+CONV, BIASED_CONV, BARE_BN = Layout("", None, False), Layout("", None, True), Layout(None, "")
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,8 @@ class Zoo:
     """A code base: ``network`` matches keys that only its networks have.
 
     Blocks whose name ``strided`` matches have stride 2, hence no identity; those that only ``unit_stride`` matches have
-    stride 1, hence an identity wherever the channels agree. Names that neither matches say nothing.
+    stride 1, hence an identity wherever the channels agree, which with ``same_channels`` they do. Names that neither
+    matches say nothing.
     """
 
     name: str
@@ -79,6 +84,7 @@ class Zoo:
     network: str
     strided: str = r"(?!)"
     unit_stride: str = r"(?!)"
+    same_channels: bool = False
 
 
 _SE = ("se.", "post_se.", "nonlinearity.")
@@ -100,8 +106,8 @@ REPVGG = BlockKeys(
 QAREPVGG = BlockKeys(
     "QARepVGG block",
     (
-        Slot("rbr_dense", (CONV_BN, BARE_CONV)),
-        Slot("rbr_1x1", (CONV_BN, BARE_CONV), (1,)),
+        Slot("rbr_dense", (CONV_BN, CONV)),
+        Slot("rbr_1x1", (CONV_BN, CONV), (1,)),
         Slot("rbr_identity", (BARE_BN,), required=False),
     ),
     marks=REPVGG.marks,
@@ -204,8 +210,8 @@ MOBILEONE = BlockKeys(
 #: The token mixer of RepViT: an identity without parameters, and in newer models a BatchNorm on the sum.
 REPVIT_MIXER = BlockKeys(
     "RepViT token mixer",
-    (Slot("conv", (C_BN,)), Slot("conv1", (C_BN, BARE_CONV), (1,))),
-    marks=r"conv\.c",
+    (Slot("conv", (C_BN,)), Slot("conv1", (C_BN, BIASED_CONV), (1,))),
+    marks=r"conv\.(?:c|bn)",
     signature=(r"conv\.c\.weight", r"conv1\.(?:c\.)?weight"),
     deployed="",
     deployed_mark=r"(?:.*\.)?token_mixer(?:\.0)?\.weight",
@@ -247,13 +253,14 @@ ZOOS: Mapping[str, Zoo] = {
             (REPVGG,),
             network=r"(?:.*\.)?stage(?:0|[1-4](?:_first|_second)?\.(?:blocks\.)?\d+)\." + _RBR + r"\..+",
             **_OFFICIAL_NAMES,
+            same_channels=True,
         ),
         Zoo(
             "timm",
             "timm",
             1e-5,
-            (REPVGG_TIMM, MOBILEONE_TIMM, REPVIT_MIXER, CONV_BN_REPVIT),
-            network=r"(?:.*\.)?(?:stem\.(?:conv_kxk|reparam_conv)|stages\.\d+\.(?:\d+\.(?:conv_|reparam_)|blocks\.\d+\.token_mixer)).*",
+            (REPVGG_TIMM, MOBILEONE_TIMM),
+            network=r"(?:.*\.)?(?:stem|stages\.\d+\.\d+)\.(?:conv_(?:kxk|1x1)|reparam_conv)\..+",
             strided=r"(?:.*\.)?(?:stem|stages\.\d+\.0)",
             unit_stride=r"(?:.*\.)?stages\.\d+\.[1-9]\d*",
         ),
@@ -275,7 +282,7 @@ ZOOS: Mapping[str, Zoo] = {
             strided=r"(?:.*\.)?stage(?:0|[1-4]\.0)",
             unit_stride=r"(?:.*\.)?stage[1-4]\.[1-9]\d*",
         ),
-        Zoo("qarepvgg", "QARepVGG", 1e-5, (QAREPVGG, REPVGG), network=r"(?!)", **_OFFICIAL_NAMES),
+        Zoo("qarepvgg", "QARepVGG", 1e-5, (QAREPVGG, REPVGG), network=r"(?!)", **_OFFICIAL_NAMES, same_channels=True),
         Zoo(
             "yolov6",
             "YOLOv6",
@@ -298,7 +305,7 @@ ZOOS: Mapping[str, Zoo] = {
             "RepViT",
             1e-5,
             (REPVIT_MIXER, CONV_BN_REPVIT),
-            network=r"(?:.*\.)?features\.\d+\.(?:token|channel)_mixer\..+",
+            network=r"(?:.*\.)?(?:features|stages\.\d+\.blocks)\.\d+\.(?:token|channel)_mixer\..+",
         ),
         Zoo("repghost", "RepGhost", 1e-5, (REPGHOST,), network=r"(?!)"),
     )
