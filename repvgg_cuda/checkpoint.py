@@ -63,6 +63,7 @@ __all__ = [
     "parameter_count",
     "plan",
     "read_state_dict_file",
+    "recognise",
     "save_state_dict_file",
 ]
 

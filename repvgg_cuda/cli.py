@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from repvgg_cuda import bench, checkpoint, conversion, demo, info, ops, testing, verification
+from repvgg_cuda import bench, checkpoint, conversion, demo, export, info, ops, testing, verification
 from repvgg_cuda._version import __version__
 from repvgg_cuda.branches import require
 from repvgg_cuda.console import naming, positive, progress
@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_info_arguments(add("info", _info, "Show versions, build, machine, and the algorithms available on it"))
     _add_explain_arguments(add("explain", _explain, "Show which algorithm a layer runs on, and why not the others"))
     conversion.add_arguments(add("convert", conversion.run, "Fold a checkpoint in train form into deploy form"))
+    export.add_arguments(add("export", export.run, "Export a checkpoint to ONNX, torch.export or AOTInductor"))
     _add_verify_arguments(add("verify", _verify, "Compare a trained and a deployed checkpoint layer by layer"))
     bench.add_arguments(add("bench", bench.run, "Time blocks and networks before and after folding"))
     demo.add_arguments(add("demo", demo.run, "Deploy a trained network on real images and show what changes"))

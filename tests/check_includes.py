@@ -29,7 +29,7 @@ LAYERS = [
     {"models", "preparation", "runs", "convert"},
     {"verification", "state_dict", "checkpoint", "digits", "suites"},
     {"info", "picture", "bench", "console", "conversion"},
-    {"demo"},
+    {"demo", "export"},
     {"cli"},
     {"__main__", "__init__"},
 ]

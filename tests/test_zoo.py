@@ -19,7 +19,7 @@ from repvgg_cuda.models import create_model
 from repvgg_cuda.recognition import recognise
 from repvgg_cuda.reference import fold_fp64
 from repvgg_cuda.renaming import FAMILIES, Renamer
-from repvgg_cuda.state_dict import fuse_state_dict, load_into
+from repvgg_cuda.state_dict import fuse_state_dict, load_into, plan
 from repvgg_cuda.verification import NETWORK_FACTOR, verify
 from repvgg_cuda.zoo import ZOOS
 
@@ -117,31 +117,32 @@ def test_deploy_form_is_recognised(name: str) -> None:
     assert "already in deploy form: there is nothing to fold" in error_text(lambda: fuse_state_dict(state))
 
 
+def one_block(name: str) -> tuple[str, State, list[str]]:
+    """The last block of a network: its path, its tensors on the meta device, and those keys that the fold takes in."""
+    model = network(name)
+    path = [path for path, module in model.named_modules() if isinstance(module, zoo_networks.Block)][-1]
+    state = {key: value.to("meta") for key, value in model.state_dict().items() if key.startswith(f"{path}.")}
+    keys = [key for key in state if not key.endswith("num_batches_tracked") and ".se" not in key]
+    return path, state, keys
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_each_missing_tensor_is_named(name: str) -> None:
-    """Of one block of every kind. What a block may do without (both of gamma and beta) is not asked for."""
-    model, options = network(name), CASES[name].options
-    state = dict(model.state_dict())
-    path = [path for path, module in model.named_modules() if isinstance(module, zoo_networks.Block)][-1]
-    for key in [key for key in state if key.startswith(f"{path}.") and not key.endswith("num_batches_tracked")]:
-        if ".se." in key or "se_layer" in key:
-            continue
-        damaged = {k: v for k, v in state.items() if k != key}
-        text = error_text(lambda damaged=damaged: fuse_state_dict(damaged, **options))  # type: ignore[misc]
-        assert path in text, key
+    path, state, keys = one_block(name)
+    plan(state, source=CASES[name].zoo)
+    for lost in keys:
+        damaged = {key: value for key, value in state.items() if key != lost}
+        text = error_text(lambda damaged=damaged: plan(damaged, source=CASES[name].zoo))  # type: ignore[misc]
+        assert path in text or "has no block" in text, lost
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_each_wrong_shape_is_named(name: str) -> None:
-    model, options = network(name), CASES[name].options
-    state = dict(model.state_dict())
-    path = [path for path, module in model.named_modules() if isinstance(module, zoo_networks.Block)][-1]
-    for key in [key for key in state if key.startswith(f"{path}.") and not key.endswith("num_batches_tracked")]:
-        if ".se." in key or "se_layer" in key:
-            continue
+    path, state, keys = one_block(name)
+    for key in keys:
         for wrong in (torch.ones(3), state[key][..., None], state[key][:0]):
-            text = error_text(lambda key=key, wrong=wrong: fuse_state_dict({**state, key: wrong}, **options))  # type: ignore[misc]
-            assert path in text, key
+            damaged = {**state, key: wrong.to("meta")}
+            assert path in error_text(lambda damaged=damaged: plan(damaged, source=CASES[name].zoo)), key  # type: ignore[misc]
 
 
 # ---------------------------------------------------------------------------------------------------------- timm
