@@ -91,9 +91,9 @@ def _require_any_size(program: torch.export.ExportedProgram) -> None:
     limits = [int(limit.upper) for limit in program.range_constraints.values() if limit.upper != int_oo]
     require(
         not limits,
-        f"export: with this example the graph would hold for inputs of at most {min(limits, default=0)} rows or columns: "
-        "one of its feature maps has a single row or column, which is taken for a constant; give a larger example (twice "
-        "as large), or dynamic=False (--fixed)",
+        f"export: with this example the graph would hold for at most {min(limits, default=0)} rows or columns: "
+        "one of its feature maps has a single row or column, which is taken for a constant; give a larger example, or "
+        "dynamic=False (--fixed)",
     )
 
 
