@@ -12,6 +12,7 @@ from repvgg_cuda.modules import RepConv3x3, RepVGGBlock
 from repvgg_cuda.ops import ChainLayer, algorithms, conv3x3, conv3x3_chain, explain, fuse_weights, prepack, refusal
 from repvgg_cuda.preparation import prepare
 from repvgg_cuda.report import Report
+from repvgg_cuda.state_dict import fuse_state_dict
 from repvgg_cuda.unfusion import unfuse
 from repvgg_cuda.verification import verify
 
@@ -33,6 +34,7 @@ __all__ = [
     "create_model",
     "deploy",
     "explain",
+    "fuse_state_dict",
     "fuse_weights",
     "has_cuda_kernels",
     "model_names",
