@@ -51,8 +51,10 @@ $(VENV)/.dev: $(VENV)/.built
 	$(PIP) sentryward==0.1.1 || echo "no sentryward for this machine: tests/static/test_sync.py will be skipped"
 	touch $@
 
+# The torch that is there stays: without the constraint a dependency of the tests could replace it by another build.
 $(VENV)/.built: $(VENV)/.stamp $(SOURCES)
-	$(PIP) --no-build-isolation -e ".[test]"
+	$(PY) -c "import torch; print('torch==' + torch.__version__)" > $(VENV)/constraints.txt
+	$(PIP) --constraint $(VENV)/constraints.txt --no-build-isolation -e ".[test]"
 	touch $@
 
 clean:
