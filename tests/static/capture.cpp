@@ -6,10 +6,12 @@
 //   capture PARAMETERS pack ROW PROBLEM            its weights
 //   capture PARAMETERS tile TILE SPLIT PROBLEM     with a tile of kMmaTiles
 //   capture PARAMETERS fuse BLOCKS BRANCHES K C DTYPE
+//   capture PARAMETERS list                        all kernels, as {"kernel": NAME}
 // PROBLEM is N C H W K STRIDE GROUPS DTYPE LAYOUT ACTIVATION CAPABILITY, enumerators as numbers.
 //
 // PARAMETERS is a file with a line per kernel: its mangled name and the sizes of its parameters in bytes, as the PTX
-// declares them. Pointers are made up: their highest byte is 0x5A, and each array has its own second byte.
+// declares them; of a kernel without a line they are left out. Pointers are made up: their highest byte is 0x5A, and
+// each array has its own second byte.
 #include <cuda_runtime_api.h>
 
 #include <cstdio>
@@ -66,7 +68,7 @@ cudaError_t CUDARTAPI cudaLaunchKernelExC(const cudaLaunchConfig_t* config, cons
   const std::string& name = kernel_names().at(function);
   std::printf("{\"kernel\": \"%s\", \"grid\": %u, \"block\": %u, \"dynamic_shared\": %zu, \"parameters\": [",
               name.c_str(), config->gridDim.x, config->blockDim.x, config->dynamicSmemBytes);
-  const std::vector<size_t>& sizes = parameter_sizes.at(name);
+  const std::vector<size_t>& sizes = parameter_sizes[name];
   for (size_t i = 0; i < sizes.size(); ++i) {
     std::printf("%s\"", i == 0 ? "" : ", ");
     for (size_t byte = 0; byte < sizes[i]; ++byte) {
@@ -157,6 +159,10 @@ int main(int argc, char** argv) {
       for (size_t size; words >> size;) sizes.push_back(size);
     }
     const std::string what = argv[2];
+    if (what == "list") {
+      for (const auto& [function, name] : kernel_names()) std::printf("{\"kernel\": \"%s\"}\n", name.c_str());
+      return 0;
+    }
     const int first = what == "fuse" ? 3 : 4;
     Numbers numbers;
     for (int i = first; i < argc; ++i) numbers.push_back(std::stoll(argv[i]));

@@ -58,8 +58,9 @@ MMA_TILES = {
 def _mma_rows() -> Iterator[Expectation]:
     for kind, math in MMA_TYPES.items():
         for (tiles_m, rows, stride), (share, per_math, loads) in MMA_TILES.items():
+            tile = rf"\(MmaType\){kind}, {tiles_m}, \d, {rows}, \d, \d, {stride}, .*"
             yield Expectation(
-                rf"conv3x3_mma_kernel<Conv3x3MmaTraits<\(MmaType\){kind}, {tiles_m}, \d, {rows}, \d, \d, {stride}, \w+>>",
+                rf"conv3x3_mma_kernel<Conv3x3MmaTraits<{tile}>>",
                 math=math,
                 min_share=share,
                 max_per_math=per_math,
