@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The report of ``gpu-check`` as Markdown, and as one page of HTML with pictures: made from the JSON alone."""
+"""The report of ``gpu-check`` as Markdown, and what its page of pictures is drawn from: made from the JSON alone."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from repvgg_cuda import environment
 from repvgg_cuda.baselines import CHANNELS_LAST, CUDA_GRAPH, CUDNN_BENCHMARK
 from repvgg_cuda.ceilings import Ceilings
 from repvgg_cuda.comparison import AGAIN, Row
+from repvgg_cuda.gpu_model import MODES
 from repvgg_cuda.networks import OWN_PREFIX
 from repvgg_cuda.records import Run
 from repvgg_cuda.tables import duration
@@ -239,19 +240,24 @@ def not_measured(parts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def as_run(report: Report) -> Run | None:
-    """Everything that was measured as one record of the benchmark, for its page; None where nothing was."""
+    """What was measured in one precision as a record of the benchmark, for its page; None where nothing was.
+
+    float16 where there is any: it is what these kernels are for. A page of pictures is about one dtype.
+    """
     parts = report["results"].get("parts", {})
     record = parts.get("machine", {}).get("environment")
     cases = [case for name in ("layers", "networks") for case in parts.get(name, {}).get("cases", [])]
     if record is None or not cases:
         return None
-    rows = []
-    for case in cases:
-        for fields in case["rows"]:
-            named = f"{case['case']}, {case['mode']}"
-            rows.append(Row(**{**fields, "case": named, "samples_ns": tuple(fields["samples_ns"])}))
+    modes = [case["mode"] for case in cases]
+    mode = "fp16" if "fp16" in modes else modes[0]
+    rows = [
+        Row(**{**fields, "samples_ns": tuple(fields["samples_ns"])})
+        for case in cases
+        if case["mode"] == mode
+        for fields in case["rows"]
+    ]
     limits = parts["machine"].get("ceilings")
-    warnings = [NO_MEANING.strip("*")] if report["dry_run"] else []
-    return Run(
-        {"dtype": "float16"}, dict(record), None if limits is None else Ceilings.from_dict(limits), warnings, rows
-    )
+    options = {"dtype": str(MODES[mode].dtype).removeprefix("torch."), "rounds": max(row.rounds for row in rows)}
+    environment = {**record, "dry_run": report["dry_run"], "tf32": mode == "tf32"}
+    return Run(options, environment, None if limits is None else Ceilings.from_dict(limits), [], rows)
