@@ -277,7 +277,7 @@ def run_plot(args: argparse.Namespace) -> int:
 
     out: Path = args.out or args.records[0].with_suffix("")
     require(not out.exists() or out.is_dir(), f"--out must be a directory, and {out} is a file; name another")
-    run = records.read_all(args.records)
+    run = records.joined([records.read(path) for path in args.records])
     for path in page.write(run, out):
         print(f"wrote {path}")
     return 0

@@ -169,7 +169,7 @@ def _group(panel: Any, rows: Sequence[Row], shown: Sequence[tuple[str, Row]], pi
     labels = [label_of(kind, row) for kind, row in shown]
     for place, (kind, row) in zip(bars, shown, strict=True):
         _bar(panel, place, kind, row, theme)
-    panel.set_title(rows[0].group or rows[0].case, loc="left", fontsize=9.5, fontweight="bold", color=theme.ink, pad=5)
+    panel.set_title(case_title(rows), loc="left", fontsize=9.5, fontweight="bold", color=theme.ink, pad=5)
     panel.set_yticks([] if theme.narrow else bars, [] if theme.narrow else labels)
     for place, label in zip(bars, labels, strict=True) if theme.narrow else ():
         panel.text(0, place - 0.82, label, fontsize=7.5, color=theme.muted, va="center")
@@ -190,6 +190,12 @@ def _bar(panel: Any, y: float, kind: str, row: Row, theme: Theme) -> None:
     if not theme.narrow:
         time = duration(row.median_us or 0.0)
         panel.text(1.11, y, time, transform=beside, fontsize=8.5, color=theme.muted, va="center")
+
+
+def case_title(rows: Sequence[Row]) -> str:
+    """Of one case, its batch left out."""
+    threads = f", {rows[0].threads} threads" if rows[0].threads > 1 else ""
+    return (rows[0].group or rows[0].case) + threads
 
 
 def limit_speedup(rows: Sequence[Row]) -> float | None:
@@ -218,7 +224,7 @@ def roofline(cases: Sequence[Sequence[Row]], ceilings: Ceilings, dtype: str, the
     """Rate against arithmetic intensity, on log scales, with the measured roofs; points are numbered cases."""
     peak = ceilings.gflops.get(dtype) or max(ceilings.gflops.values())
     points = [
-        (number, rows[0].group or rows[0].case, kind, row)
+        (number, case_title(rows), kind, row)
         for number, rows in enumerate(cases, 1)
         for kind, row in representatives(rows)
         if row.flops and row.bytes and kind in ("unfused", "PyTorch", "ours")
@@ -300,7 +306,7 @@ def by_group(cases: Iterable[Sequence[Row]]) -> dict[str, list[Sequence[Row]]]:
     """Cases that were timed with several batches, by their name without it."""
     groups: dict[str, list[Sequence[Row]]] = {}
     for rows in cases:
-        groups.setdefault(rows[0].group or rows[0].case, []).append(rows)
+        groups.setdefault(case_title(rows), []).append(rows)
     return {name: each for name, each in groups.items() if len({rows[0].batch for rows in each}) > 1}
 
 

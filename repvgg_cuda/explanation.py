@@ -121,12 +121,13 @@ def explain_rows(
     *,
     prepared: bool,
     memory: str,
-    channels_last: bool = False,
+    channels_last: bool | None = None,
     activation: str = "identity",
     place: Place | None = None,
 ) -> tuple[Candidate, ...]:
     """What the table says about a layer whose arguments have been checked; its last row is ``aten``.
 
+    ``channels_last``: of the input; None: as networks run, that is channels_last for 16-bit types on a GPU.
     ``place``: None: where the weight is, and no plans.
     """
     require(memory in MEMORY, f"explain: memory must be one of {', '.join(MEMORY)}, got '{memory}'")
@@ -134,6 +135,8 @@ def explain_rows(
         return (Candidate("aten", None, None, 0, True),)
     device = weight.device
     at = place or Place(device.type, 0 if device.index is None else device.index)
+    if channels_last is None:
+        channels_last = at.type == "cuda" and weight.element_size() == 2
     problem = (
         tuple(input_size), weight.shape[0], stride, groups, dtype_name(weight.dtype), channels_last, activation,
     )  # fmt: skip

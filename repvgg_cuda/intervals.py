@@ -53,16 +53,17 @@ def percentile(values: Sequence[float], percent: float) -> float:
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
     """The median, over the rounds, of ``numerator`` over ``denominator``."""
-    return float(np.exp(np.median(_log_ratios(numerator, denominator))))
+    above, below = _paired(numerator, denominator)
+    return float(np.median(above / below))
 
 
 def paired_ratio(numerator: Sequence[float], denominator: Sequence[float], level: float = LEVEL) -> Ratio | None:
     """:func:`ratio` with its interval; None with fewer than :func:`fewest_rounds`. The same input, the same answer."""
-    logs = _log_ratios(numerator, denominator)
-    if len(logs) < fewest_rounds(level):
+    above, below = _paired(numerator, denominator)
+    if above.size < fewest_rounds(level):
         return None
-    low, high = median_interval(logs, level)
-    return Ratio(*(float(np.exp(value)) for value in (np.median(logs), low, high)))
+    low, high = median_interval(above / below, level)
+    return Ratio(float(np.median(above / below)), low, high)
 
 
 def median_interval(values: Floats, level: float = LEVEL) -> tuple[float, float]:
@@ -91,12 +92,11 @@ def sign_test_rank(count: int, level: float = LEVEL) -> int:
     return k
 
 
-def _log_ratios(numerator: Sequence[float], denominator: Sequence[float]) -> Floats:
+def _paired(numerator: Sequence[float], denominator: Sequence[float]) -> tuple[Floats, Floats]:
     above, below = (np.asarray(values, dtype=np.float64) for values in (numerator, denominator))
     if above.shape != below.shape or above.size == 0:
         raise RuntimeError(
             f"ratio: both must have one sample per round, got {above.size} and {below.size}; "
             "they must come from the same call of measure"
         )
-    logs: Floats = np.log(above) - np.log(below)
-    return logs
+    return above, below

@@ -23,6 +23,9 @@ assert _registration.NAMESPACE == "repvgg_cuda"  # importing _registration is wh
 _conv3x3 = torch.ops.repvgg_cuda.conv3x3.default
 _conv3x3_chain = torch.ops.repvgg_cuda.conv3x3_chain.default
 
+#: For exporters, which translate operators by their overloads.
+OVERLOADS = {"conv3x3": _conv3x3, "conv3x3_chain": _conv3x3_chain}
+
 
 def conv3x3(
     x: Tensor,

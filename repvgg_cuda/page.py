@@ -96,7 +96,9 @@ def pictures(run: Run) -> list[Picture]:
         if charts.drawable(single):
             found.append((f"speedup-{suite}", speedup_text(single), partial(charts.speedups, single)))
     warm = [rows for rows in run.by_case().values() if rows[0].caches == "warm"]
-    conv = [rows for rows in warm if rows[0].flops and rows[0].batch == min_batch(warm)]
+    # The ceilings are those of the first run's threads.
+    threads = run.environment.get("threads")
+    conv = [rows for rows in warm if rows[0].flops and rows[0].batch == min_batch(warm) and rows[0].threads == threads]
     if run.ceilings is not None and charts.drawable(conv):
         dtype = str(run.options.get("dtype", "float32"))
         found.append(("roofline", ROOFLINE_TEXT, partial(charts.roofline, conv, run.ceilings, dtype)))
@@ -127,7 +129,8 @@ BATCH_TEXT = "How the time of one image changes when several are computed togeth
 
 
 def speedup_text(cases: Sequence[Sequence[Row]]) -> str:
-    first = cases[0][0].candidate
+    firsts = {rows[0].candidate for rows in cases}
+    first = cases[0][0].candidate if len(firsts) == 1 else "the branches before fusion"
     batch = cases[0][0].batch
     text = (
         f"How many times as fast as {first} each way is, at batch {batch}; longer is better. Of each kind the fastest "
@@ -216,7 +219,7 @@ def one_fact(rows: Sequence[Row], own: Row) -> str:
     sure = "" if interval is None else f" ({100 * LEVEL:.0f} % sure: {interval.low:.2f} to {interval.high:.2f})"
     noise = " The measurement cannot tell them apart." if own.within_noise else ""
     text = (
-        f"{rows[0].group or rows[0].case}: {tables.duration(rows[0].median_us or 0.0)} with {rows[0].candidate}, "
+        f"{charts.case_title(rows)}: {tables.duration(rows[0].median_us or 0.0)} with {rows[0].candidate}, "
         f"{tables.duration(own.median_us or 0.0)} with repvgg_cuda{sure}.{noise}"
     )
     return f"<li><b>{own.speedup or 0.0:.2f}x</b> {escape(text)}</li>"

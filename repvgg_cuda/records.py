@@ -125,9 +125,8 @@ def _row(fields: Mapping[str, Any], where: str) -> Row:
         raise RuntimeError(f"{where} is not a row of a benchmark record: {error}") from None
 
 
-def read_all(paths: Sequence[Path]) -> Run:
-    """Several records as one to look at: the first one's environment, everyone's rows."""
-    runs = [read(path) for path in paths]
+def joined(runs: Sequence[Run]) -> Run:
+    """Several runs as one to look at: the first one's environment, everyone's rows."""
     first = runs[0]
     rows = [row for run in runs for row in run.rows]
     warnings = list(dict.fromkeys(warning for run in runs for warning in run.warnings))

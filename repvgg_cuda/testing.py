@@ -130,10 +130,24 @@ def error_bound(
     """
     if algorithm in WINOGRAD:
         return _winograd_bound(x, weight, bias, stride, groups, WINOGRAD[algorithm])
+    return conv_error_bound(x, weight, bias, (stride, stride), (1, 1), (1, 1), groups)
+
+
+def conv_error_bound(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> Tensor:
+    """:func:`error_bound` for a sum of products with a kernel of any size, as F.conv2d computes it."""
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    n = 9 * weight.shape[1] + 1
+    n = weight[0].numel() + 1
     u = unit_roundoff(compute)
-    absolute = conv3x3_fp64(x.abs(), weight.abs(), None if bias is None else bias.abs(), stride, groups)
+    magnitudes = (weight.abs().double(), None if bias is None else bias.abs().double())
+    absolute = F.conv2d(x.abs().double(), *magnitudes, stride, padding, dilation, groups)
     bound = n * u / (1 - n * u) * absolute
     if x.dtype != compute:
         u_out = unit_roundoff(x.dtype)

@@ -18,6 +18,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/dtype.h"
+
 namespace repvgg::cuda {
 
 // ---------------------------------------------------------------------------------------------------- host: launches
@@ -32,6 +34,9 @@ inline void check(cudaError_t error, const char* what) {
   }
   throw std::runtime_error(message);
 }
+
+// What a kernel's parameters may take together.
+constexpr int kMaxParameterBytes = CUDART_VERSION >= 12010 ? 32764 : 4096;
 
 struct LaunchShape {
   unsigned grid, block;
@@ -58,6 +63,11 @@ void launch_kernel(const char* name, void (*kernel)(Params...), LaunchShape shap
   config.attrs = &overlap;
   config.numAttrs = shape.overlap ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), name);
+}
+
+// Fills memory of the device with zeros, in the order of the stream.
+inline void fill_zero(void* memory, int64_t bytes, void* stream) {
+  check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)), "fill_zero");
 }
 
 // Whether this binary holds code that the current device can run.
@@ -110,6 +120,16 @@ __device__ __forceinline__ void store_shared_16(SharedAddress address, uint32_t 
 __device__ __forceinline__ void load_global_16(uint32_t (&r)[4], const void* p) {
   asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(p));
 }
+__device__ __forceinline__ void load_global_8(uint32_t& a, uint32_t& b, const void* p) {
+  asm volatile("ld.global.nc.v2.b32 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "l"(p));
+}
+// Of memory that this kernel writes: what a fence orders before it is seen.
+__device__ __forceinline__ void load_global_16_written(uint32_t (&r)[4], const void* p) {
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "l"(p)
+               : "memory");
+}
 __device__ __forceinline__ void store_global_16(void* p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
@@ -118,6 +138,13 @@ __device__ __forceinline__ void store_global_8(void* p, uint32_t a, uint32_t b) 
 }
 __device__ __forceinline__ void store_global_4(void* p, uint32_t a) {
   asm volatile("st.global.b32 [%0], %1;" ::"l"(p), "r"(a) : "memory");
+}
+
+// The same value. The compiler does not see that, so what is derived from it is computed again instead of being kept in
+// registers through a loop.
+__device__ __forceinline__ int computed_again(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
 }
 
 // Starts copying 16 bytes into shared memory; the bytes are there for the calling thread after the wait that covers
@@ -129,6 +156,15 @@ __device__ __forceinline__ void copy_async_16(SharedAddress to, const void* from
   uint32_t r[4];
   load_global_16(r, from);
   store_shared_16(to, r[0], r[1], r[2], r[3]);
+#endif
+}
+// The same with 4 bytes, of which both addresses must be a multiple.
+__device__ __forceinline__ void copy_async_4(SharedAddress to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+#else
+  const uint32_t value = __ldg(static_cast<const uint32_t*>(from));
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
 #endif
 }
 // Copies the first `bytes` (0 to 16) and fills the rest with zeros. Nothing is read where bytes is 0.
@@ -210,7 +246,8 @@ __device__ __forceinline__ uint32_t movmatrix_trans(uint32_t matrix) {
 
 enum class MmaType { kFloat16, kBFloat16, kTF32, kInt8 };
 
-// D += A B. Accumulators are float, int32_t for kInt8. kFloat16 runs from sm_75 on, the others from sm_80 on.
+// D += A B. Accumulators are float, int32_t for kInt8. kFloat16 runs from sm_75 on, the others from sm_80 on: code for
+// older GPUs compiles and does nothing, rows refuse them.
 template <MmaType kType>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   static_assert(kType != MmaType::kInt8, "8-bit products are summed in int32_t");
@@ -226,13 +263,14 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint3
   if constexpr (kType == MmaType::kTF32) RVG_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
 #undef RVG_MMA
 #elif __CUDA_ARCH__ >= 750
-  static_assert(kType == MmaType::kFloat16, "sm_75 multiplies float16 only");
 #define RVG_MMA(a0, a1, b)                                                                                            \
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};" \
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                       \
                : "r"(a0), "r"(a1), "r"(b))
-  RVG_MMA(a[0], a[1], b0);
-  RVG_MMA(a[2], a[3], b1);
+  if constexpr (kType == MmaType::kFloat16) {
+    RVG_MMA(a[0], a[1], b0);
+    RVG_MMA(a[2], a[3], b1);
+  }
 #undef RVG_MMA
 #endif
 }
@@ -267,6 +305,14 @@ __device__ __forceinline__ uint32_t round_tf32(float value) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
 #endif
   return bits;
+}
+
+// Element i of an array of float32, float16 or bfloat16 as a float, exactly.
+__device__ __forceinline__ float load_float(const void* data, DType dtype, int64_t i) {
+  if (dtype == DType::kFloat32) return static_cast<const float*>(data)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(data)[i];
+  return dtype == DType::kFloat16 ? __half2float(__ushort_as_half(bits))
+                                  : __uint_as_float(static_cast<uint32_t>(bits) << 16);
 }
 
 __device__ __forceinline__ uint32_t float_bits(float value) { return __float_as_uint(value); }
