@@ -166,7 +166,8 @@ def tests(check: Check, seconds: float) -> dict[str, Any]:
     """``pytest -m cuda``; in a rehearsal tests/test_cuda.py alone, on stand-ins."""
     results = check.out / "tests.xml"
     chosen = ["tests/test_cuda.py"] if check.dry_run else ["tests"]
-    options = ["-m", "cuda", "-q", "-p", "no:cacheprovider", "--maxfail=100", "--tb=short", f"--junitxml={results}"]
+    options = ["-m", "cuda", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--maxfail=100"]
+    options += ["--tb=short", f"--junitxml={results}"]
     env = {gpu_stages.DRY_RUN_VARIABLE: "1"} if check.dry_run else {}
     status = check.command([sys.executable, "-m", "pytest", *chosen, *options], seconds, env)
     try:

@@ -127,10 +127,16 @@ def error_bound(
     Winograd rows (:data:`WINOGRAD`) compute ``A^T [U * (B^T d B)] A`` tile by tile, so their bound is gamma of the
     longest chain of roundings (C_in / groups products; at most pairs + 3 in each of four 1-D transforms; one for U, one
     for the bias) times the same expression over absolute values. NaN or Inf where the oracle is not finite.
+
+    ``mma_tf32`` rounds weights to TF32, which has a unit of 2^-11, and tensor cores cut inputs off to it: 2^-10.
     """
     if algorithm in WINOGRAD:
         return _winograd_bound(x, weight, bias, stride, groups, WINOGRAD[algorithm])
-    return conv_error_bound(x, weight, bias, (stride, stride), (1, 1), (1, 1), groups)
+    bound = conv_error_bound(x, weight, bias, (stride, stride), (1, 1), (1, 1), groups)
+    if algorithm == "mma_tf32":
+        factors = (1 + 2**-11) * (1 + 2**-10)
+        bound = factors * bound + (factors - 1) * conv3x3_fp64(x.abs(), weight.abs(), None, stride, groups)
+    return bound
 
 
 def conv_error_bound(
