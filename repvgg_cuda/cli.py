@@ -17,11 +17,12 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from repvgg_cuda import bench, checkpoint, conversion, demo, export, info, ops, testing, verification
+from repvgg_cuda import bench, checkpoint, conversion, demo, export, gpu_check, info, ops, testing, verification
 from repvgg_cuda._version import __version__
 from repvgg_cuda.branches import require
 from repvgg_cuda.console import naming, positive, progress
 from repvgg_cuda.conversion import model_for
+from repvgg_cuda.gpus import GPUS
 from repvgg_cuda.models import model_names
 from repvgg_cuda.packed import MEMORY
 from repvgg_cuda.preparation import prepare
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_arguments(add("export", export.run, "Export a checkpoint to ONNX, torch.export or AOTInductor"))
     _add_verify_arguments(add("verify", _verify, "Compare a trained and a deployed checkpoint layer by layer"))
     bench.add_arguments(add("bench", bench.run, "Time blocks and networks before and after folding"))
+    gpu_check.add_arguments(add("gpu-check", gpu_check.run, "Build, test and time everything on this machine's GPU"))
     demo.add_arguments(add("demo", demo.run, "Deploy a trained network on real images and show what changes"))
     return parser
 
@@ -111,6 +113,11 @@ def _add_explain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--memory", choices=MEMORY, default="fast", help="low: packed weights no larger than the weight"
     )
+    parser.add_argument(
+        "--gpu", choices=list(GPUS), metavar="NAME", help=f"as on such a GPU, which need not be here: {', '.join(GPUS)}"
+    )
+    parser.add_argument("--dtype", choices=list(bench.DTYPES), default="float32", help="default: %(default)s")
+    parser.add_argument("--channels-last", action="store_true", help="x lies in channels_last (NHWC)")
 
 
 def _layer(text: str) -> tuple[int, ...]:
@@ -123,8 +130,11 @@ def _layer(text: str) -> tuple[int, ...]:
 def _explain(args: argparse.Namespace) -> int:
     batch, channels, height, width, outputs = args.layer
     case = testing.Case("layer", batch, channels, height, width, outputs, args.stride, args.groups)
-    x, weight = torch.empty(case.x_size), torch.empty(case.weight_size)
-    print(ops.explain(x, weight, stride=args.stride, groups=args.groups, prepared=args.prepared, memory=args.memory))
+    dtype = bench.DTYPES[args.dtype]
+    x, weight = torch.empty(case.x_size, dtype=dtype), torch.empty(case.weight_size, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    geometry = {"stride": args.stride, "groups": args.groups}
+    print(ops.explain(x, weight, **geometry, prepared=args.prepared, memory=args.memory, gpu=args.gpu))
     return 0
 
 

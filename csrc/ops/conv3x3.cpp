@@ -61,7 +61,7 @@ Tensor run_joined(const std::vector<Layer>& layers, size_t begin, size_t n, cons
   for (size_t i = 0; i < n; ++i) {
     const int64_t bytes = layers[begin + i].bytes_to_pack();
     if (bytes == 0) continue;
-    run[i].algo->pack(run[i].prob, dense(weights[begin + i]).const_data_ptr(), packed, parallel_for);
+    run[i].algo->pack(run[i].prob, {dense(weights[begin + i]).const_data_ptr(), packed, nullptr, parallel_for});
     run[i].packed = packed;
     packed += round_up(bytes, kCacheLine);
   }
@@ -109,6 +109,7 @@ Tensor conv3x3_chain(const Tensor& x, const std::vector<Tensor>& weights, const 
   }
   if (x.size(0) == 0) return empty_output(layers.back().prob, x);
 
+  const Layout layout = layers.back().prob.layout;
   Tensor y = x;
   for (size_t i = 0; i < n;) {
     const int join = x.is_cuda() ? 0 : joined(layers, i);
@@ -116,11 +117,13 @@ Tensor conv3x3_chain(const Tensor& x, const std::vector<Tensor>& weights, const 
       y = run_joined(layers, i, static_cast<size_t>(join), y, weights, biases);
       i += static_cast<size_t>(join);
     } else {
-      y = run_layer(layers[i], y, weights[i], given(biases[i]));
+      // Each layer takes its input as the one before it left it.
+      if (x.is_cuda()) layers[i].prob.layout = is_channels_last(y) ? Layout::kNHWC : Layout::kNCHW;
+      y = run_layer(layers[i], y, weights[i], given(biases[i]), /*any_layout=*/x.is_cuda());
       ++i;
     }
   }
-  return y;
+  return x.is_cuda() ? dense(y, layout) : y;
 }
 
 }  // namespace repvgg::ops
