@@ -114,6 +114,21 @@ bool is_named(const ConvAlgo& algo, const char* prefix) {
   return std::strncmp(algo.name, prefix, std::strlen(prefix)) == 0;
 }
 
+// A kernel was launched as the row's plan says.
+std::string check_plan(const repvgg::LaunchPlan& plan) {
+  std::string launched;
+  for (const simt::LaunchRecord& launch : simt::launches) {
+    if (launch.grid == plan.blocks && launch.block == static_cast<unsigned>(plan.threads) &&
+        launch.shared == static_cast<size_t>(plan.shared_bytes)) {
+      return "";
+    }
+    launched += "; launched: " + std::to_string(launch.grid) + " blocks of " + std::to_string(launch.block) +
+                " threads and " + std::to_string(launch.shared) + " bytes";
+  }
+  return "the plan says " + std::to_string(plan.blocks) + " blocks of " + std::to_string(plan.threads) +
+         " threads and " + std::to_string(plan.shared_bytes) + " bytes of shared memory" + launched;
+}
+
 void run_row(const ConvAlgo& algo, const ConvCase& test, const std::string& text) {
   const ConvProblem& prob = test.prob;
   std::snprintf(native::running, sizeof native::running, "%s, %s", algo.name, text.c_str());
@@ -136,15 +151,18 @@ void run_row(const ConvAlgo& algo, const ConvCase& test, const std::string& text
   };
   if (packed.bytes() > 0) algo.pack(prob, weight.data(), packed.data(), in_turn);
   simt::synchronize();
+  simt::launches.clear();
   const std::vector<char> inputs[] = {x.copy(), weight.copy(), bias.copy(), packed.copy()};
   algo.launch(prob, {x.data(), weight.data(), packed.bytes() > 0 ? packed.data() : nullptr,
                      test.bias ? bias.data() : nullptr, y.data(), workspace.data(), nullptr, 1, in_turn});
   simt::synchronize();
+  const std::string plan = algo.plan == nullptr ? "" : check_plan(algo.plan(prob, device));
 
   const bool exact = std::strcmp(algo.name, "direct") == 0, tf32 = is_named(algo, "mma_tf32");
   const Reference expected = reference(prob, xs, weights, biases, tf32 ? std::ldexp(1, -11) : 0);
   double used = 0;
   std::string wrong = compare("y", y, expected.y, expected.bound, &used);
+  if (wrong.empty()) wrong = plan;
   if (exact && wrong.empty()) {
     for (int64_t i = 0; i < y.size() && wrong.empty(); ++i) {
       if (std::memcmp(y.floats() + i, &expected.chain[static_cast<size_t>(i)], 4) == 0) continue;

@@ -251,6 +251,7 @@ void run_grid() {
     for (const auto& slot : slots) {
       if (slot->busy && slot->alive == 0) {
         running = slot->threads[0].get();
+        launches.back().shared = std::max(launches.back().shared, slot->window.bytes());
         slot->window.end_block(running->where);
         slot->busy = false;
       }
@@ -299,6 +300,7 @@ const char* launch(const char* name, Shape shape, void (*body)(void*), std::shar
   contexts.push_back(std::move(context));
   gridDim = {shape.grid, 1, 1};
   blockDim = {shape.block, 1, 1};
+  launches.push_back({name, shape.grid, shape.block, 0});
   generator.seed(schedule.seed);
   last_warp = 0;
   slots.resize(std::min(std::max(schedule.blocks_at_once, 1u), shape.grid));

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <memory>
 #include <source_location>
+#include <vector>
 
 namespace simt {
 
@@ -33,11 +34,18 @@ struct Gpu {
 inline Schedule schedule;
 inline Gpu gpu;
 
-// What a launch did, for the driver's report.
+// What was done, for the driver's report.
 struct Totals {
   uint64_t launches = 0, blocks = 0, threads = 0, barriers = 0, collectives = 0, switches = 0;
 };
 inline Totals totals;
+
+struct LaunchRecord {
+  const char* name;
+  unsigned grid, block;
+  size_t shared;  // bytes of a block, static and dynamic
+};
+inline std::vector<LaunchRecord> launches;  // the driver empties it
 
 // Results of launches may be read, and their inputs overwritten, only after this.
 void synchronize();

@@ -63,7 +63,7 @@ enum class Bug {
 // Twice: everybody writes a word, everybody reads its mirror image.
 template <Bug kBug>
 __global__ void mirror_kernel(const uint32_t* in, uint32_t* out) {
-  RVG_SHARED(uint32_t, words, [256]);
+  RVG_SHARED(uint32_t, words, [96]);
   const unsigned t = threadIdx.x, size = blockDim.x;
   if (kBug == Bug::kEarlyExit && t == 5) return;
   for (unsigned round = 0; round < 2; ++round) {
@@ -86,9 +86,9 @@ __global__ void mirror_kernel(const uint32_t* in, uint32_t* out) {
 }
 template <Bug kBug>
 void mirror() {
-  const Words in(512), out(512);
-  run(mirror_kernel<kBug>, 1, 256, 0, in.data.get(), out.data.get());
-  for (uint32_t i = 0; i < 512; ++i) require(out.data[i] == i / 256 * 256 + 255 - i % 256);
+  const Words in(192), out(192);
+  run(mirror_kernel<kBug>, 1, 96, 0, in.data.get(), out.data.get());
+  for (uint32_t i = 0; i < 192; ++i) require(out.data[i] == i / 96 * 96 + 95 - i % 96);
 }
 
 template <Bug kBug>

@@ -76,7 +76,8 @@ class Window {
   char* dynamic(Where where);
   uint32_t offset(const void* pointer, Where where) const;
   char* pointer(uint32_t address, unsigned bytes, Where where) const;
-  // The array at this byte, or nullptr: "4 bytes past tile_x".
+  size_t bytes() const;  // of all arrays
+  // "byte 1028 of tile_x (1024 bytes)"
   void describe(uint32_t address, char* text, size_t size) const;
 
  private:
