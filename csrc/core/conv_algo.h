@@ -37,11 +37,19 @@ struct ConvArgs {
   const void* x;
   const void* weight;  // OIHW
   const void* packed;  // what the row's pack wrote; nullptr where packed_bytes is 0
-  const void* bias;    // [K] or nullptr; the dtype of x
+  const void* bias;    // [K] or nullptr
+  DType bias_dtype;    // that of x, or float32 where x has 16 bits
   void* y;
   void* workspace;  // as many bytes as the row asked for, uninitialised
   void* stream;     // cudaStream_t; unused on a CPU
-  int threads;      // as in Device
+  Device device;    // the one that the workspace was measured for
+  ParallelFor parallel_for;
+};
+
+struct PackArgs {
+  const void* weight;  // OIHW, in the device's memory
+  void* packed;        // as many bytes as the row asked for, in the device's memory, at a multiple of 64
+  void* stream;        // cudaStream_t; unused on a CPU
   ParallelFor parallel_for;
 };
 
@@ -53,9 +61,9 @@ struct ConvAlgo {
   double (*cost)(const ConvProblem&, const Device&, bool packed);
   // The size of the weights in this row's own order, 0 where it reads them as they are. The same for every N, H, W.
   int64_t (*packed_bytes)(const ConvProblem&);
-  void (*pack)(const ConvProblem&, const void* weight, void* packed, const ParallelFor&);
-  // Bytes of workspace that launch needs with so many threads.
-  int64_t (*workspace)(const ConvProblem&, int threads);
+  void (*pack)(const ConvProblem&, const PackArgs&);
+  // Bytes of workspace that launch needs on this device.
+  int64_t (*workspace)(const ConvProblem&, const Device&);
   // Throws std::runtime_error if the launch fails.
   void (*launch)(const ConvProblem&, const ConvArgs&);
   // How launch would do it; nullptr on a CPU.
@@ -63,8 +71,8 @@ struct ConvAlgo {
 };
 
 inline int64_t no_bytes(const ConvProblem&) { return 0; }
-inline void no_pack(const ConvProblem&, const void*, void*, const ParallelFor&) {}
-inline int64_t no_workspace(const ConvProblem&, int) { return 0; }
+inline void no_pack(const ConvProblem&, const PackArgs&) {}
+inline int64_t no_workspace(const ConvProblem&, const Device&) { return 0; }
 
 struct AlgoTable {
   const ConvAlgo* const* rows;

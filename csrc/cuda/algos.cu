@@ -7,7 +7,7 @@
 
 namespace repvgg::cuda {
 
-extern const ConvAlgo kConv3x3Direct;
+extern const ConvAlgo kConv3x3Direct, kConv3x3DirectSplit;
 
 double aten_cost(const ConvProblem& prob, const Device&) {
   constexpr double kLaunch = 4e-6, kBytesPerSecond = 1e12, kFlopsPerSecond = 2e13;
@@ -26,7 +26,7 @@ Device device(int index) {
 }
 
 AlgoTable algos() {
-  static const ConvAlgo* const rows[] = {&kConv3x3Direct};
+  static const ConvAlgo* const rows[] = {&kConv3x3Direct, &kConv3x3DirectSplit};
   return {rows, static_cast<int>(sizeof rows / sizeof *rows), aten_cost};
 }
 

@@ -61,7 +61,7 @@ Tensor run_joined(const std::vector<Layer>& layers, size_t begin, size_t n, cons
   for (size_t i = 0; i < n; ++i) {
     const int64_t bytes = layers[begin + i].bytes_to_pack();
     if (bytes == 0) continue;
-    run[i].algo->pack(run[i].prob, dense(weights[begin + i]).const_data_ptr(), packed, parallel_for);
+    run[i].algo->pack(run[i].prob, {dense(weights[begin + i]).const_data_ptr(), packed, nullptr, parallel_for});
     run[i].packed = packed;
     packed += round_up(bytes, kCacheLine);
   }

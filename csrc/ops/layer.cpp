@@ -129,7 +129,7 @@ Tensor run_layer(const Layer& layer, const Tensor& x, const Tensor& weight, cons
   if (bias) bias_dense = dense(*bias);
   const Device device = device_of(x);
   const int64_t pack_bytes = round_up(layer.bytes_to_pack(), kCacheLine);
-  const int64_t bytes = pack_bytes + algo->workspace(prob, device.threads);
+  const int64_t bytes = pack_bytes + algo->workspace(prob, device);
   const Scratch scratch(x.is_cuda() ? 0 : bytes);
   char* workspace = scratch.data();
   if (x.is_cuda() && bytes > 0) {
@@ -137,10 +137,12 @@ Tensor run_layer(const Layer& layer, const Tensor& x, const Tensor& weight, cons
     workspace = static_cast<char*>(cuda_workspace->mutable_data_ptr());
   }
   const void* const weight_data = weight_dense ? weight_dense->const_data_ptr() : nullptr;
-  if (pack_bytes > 0) algo->pack(prob, weight_data, workspace, parallel_for);
+  void* const stream = x.is_cuda() ? current_stream(device.index) : nullptr;
+  if (pack_bytes > 0) algo->pack(prob, {weight_data, workspace, stream, parallel_for});
+  const DType bias_dtype = bias ? *float_dtype(bias->scalar_type()) : prob.dtype;
   algo->launch(prob, {x_dense.const_data_ptr(), weight_data, pack_bytes > 0 ? workspace : payload,
-                      bias_dense ? bias_dense->const_data_ptr() : nullptr, y.mutable_data_ptr(), workspace + pack_bytes,
-                      x.is_cuda() ? current_stream(device.index) : nullptr, device.threads, parallel_for});
+                      bias_dense ? bias_dense->const_data_ptr() : nullptr, bias_dtype, y.mutable_data_ptr(),
+                      workspace + pack_bytes, stream, device, parallel_for});
   return y;
 }
 

@@ -118,7 +118,7 @@ Tensor prepack(const Tensor& weight, const std::vector<int64_t>& input_size, int
   auto* const data = static_cast<char*>(packed.mutable_data_ptr());
   std::memcpy(data, &header, sizeof header);
   if (header.payload_bytes > 0) {
-    algo->pack(prob, dense(weight).const_data_ptr(), data + kHeaderBytes, parallel_for);
+    algo->pack(prob, {dense(weight).const_data_ptr(), data + kHeaderBytes, nullptr, parallel_for});
   }
   return packed;
 }

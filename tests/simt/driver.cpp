@@ -5,7 +5,8 @@
 //     --schedule forward | backward | random:SEED   --blocks-at-once N   --capability 80   --multiprocessors 108
 //     --algorithm NAME (default: every row)         --guard after | before
 //   case: N,C,H,W,K,stride,groups,dtype,layout,activation,bias|none     as 2,5,7,9,6,1,1,float32,nhwc,relu,bias
-//     or  fuse,K,C,dtype,3x3 branches,1x1 branches,identities,bn|none,bn of the sum|none
+//     or  fuse,K,C,dtype,3x3 branches,1x1 branches,identities,bn|none,bn of the sum|none     several joined by +: one
+//     call
 //
 // Prints a JSON object per row and case. Exit status: 0 all is well, 1 a result is wrong, 2 usage, 3 an access outside
 // a buffer, 4 a diagnosis of the executor.
@@ -27,10 +28,10 @@ using repvgg::ConvAlgo;
 Guard guard = Guard::kAfter;
 int failures = 0;
 
-std::vector<std::string> split(const std::string& text) {
+std::vector<std::string> split(const std::string& text, char separator = ',') {
   std::vector<std::string> parts(1);
   for (const char c : text) {
-    if (c == ',') {
+    if (c == separator) {
       parts.emplace_back();
     } else {
       parts.back() += c;
@@ -142,19 +143,20 @@ void run_row(const ConvAlgo& algo, const ConvCase& test, const std::string& text
   const Buffer bias("bias", test.bias ? prob.K : 0, prob.dtype, guard);
   const Buffer y("y", prob.N * prob.K * prob.P() * prob.Q(), prob.dtype, guard);
   const Buffer packed("packed weights", algo.packed_bytes(prob) / 2, DType::kFloat16, guard);
-  const Buffer workspace("workspace", algo.workspace(prob, 1) / 2, DType::kFloat16, guard);
+  const Buffer workspace("workspace", algo.workspace(prob, device) / 2, DType::kFloat16, guard);
   const std::vector<double> xs = x.fill_random(1, 1);
   const std::vector<double> weights = weight.fill_random(2, 1 / std::sqrt(9.0 * static_cast<double>(prob.group_C())));
   const std::vector<double> biases = bias.fill_random(3, 0.5);
   const auto in_turn = [](int64_t n, const std::function<void(int64_t)>& f) {
     for (int64_t i = 0; i < n; ++i) f(i);
   };
-  if (packed.bytes() > 0) algo.pack(prob, weight.data(), packed.data(), in_turn);
+  if (packed.bytes() > 0) algo.pack(prob, {weight.data(), packed.data(), nullptr, in_turn});
   simt::synchronize();
   simt::launches.clear();
   const std::vector<char> inputs[] = {x.copy(), weight.copy(), bias.copy(), packed.copy()};
-  algo.launch(prob, {x.data(), weight.data(), packed.bytes() > 0 ? packed.data() : nullptr,
-                     test.bias ? bias.data() : nullptr, y.data(), workspace.data(), nullptr, 1, in_turn});
+  algo.launch(prob,
+              {x.data(), weight.data(), packed.bytes() > 0 ? packed.data() : nullptr, test.bias ? bias.data() : nullptr,
+               prob.dtype, y.data(), workspace.data(), nullptr, device, in_turn});
   simt::synchronize();
   const std::string plan = algo.plan == nullptr ? "" : check_plan(algo.plan(prob, device));
 
@@ -176,7 +178,11 @@ void run_row(const ConvAlgo& algo, const ConvCase& test, const std::string& text
   for (int i = 0; i < 4 && wrong.empty(); ++i) {
     if (!buffers[i]->same(inputs[i])) wrong = "an input was written to";
   }
-  report(algo.name, text, checked(exact ? "bits" : "bound", used, y.hash(), wrong));
+  const repvgg::LaunchPlan plan = algo.plan(prob, device);
+  char tile[100];
+  std::snprintf(tile, sizeof tile, ", \"threads\": %d, \"tile\": [%d, %d, %d], \"split\": %d", plan.threads,
+                plan.tile_k, plan.tile_p, plan.tile_q, plan.split);
+  report(algo.name, text, checked(exact ? "bits" : "bound", used, y.hash(), wrong) + tile);
 }
 
 // -------------------------------------------------------------------------------------------------------- fuse_weights
@@ -184,7 +190,7 @@ void run_row(const ConvAlgo& algo, const ConvCase& test, const std::string& text
 // The arrays of a FoldProblem, made on demand.
 struct FoldArrays {
   std::vector<std::unique_ptr<Buffer>> buffers;
-  DType dtype;
+  DType dtype = DType::kFloat32;
 
   repvgg::FoldArray make(int64_t size, double scale, bool positive = false) {
     buffers.push_back(std::make_unique<Buffer>("an array of the block", size, dtype, guard));
@@ -196,16 +202,24 @@ struct FoldArrays {
   }
 };
 
-void run_fold(const std::vector<std::string>& part, const std::string& text) {
-  if (part.size() != 9) throw std::invalid_argument("a case of fuse has 9 parts");
-  std::snprintf(native::running, sizeof native::running, "fuse_weights, %s", text.c_str());
+// A block with its tensors.
+struct FoldCase {
   repvgg::FoldProblem prob = {};
+  FoldArrays arrays;
+  std::unique_ptr<Buffer> weight, bias;
+};
+
+FoldCase fold_case(const std::vector<std::string>& part) {
+  if (part.size() != 9) throw std::invalid_argument("a case of fuse has 9 parts");
+  FoldCase result;
+  repvgg::FoldProblem& prob = result.prob;
   prob.K = std::stoll(part[1]);
   prob.C = std::stoll(part[2]);
   const DType dtype = dtype_of(part[3]);
   const bool bn = choose<bool>(part[7], {{"bn", true}, {"none", false}});
   const bool post_bn = choose<bool>(part[8], {{"bn", true}, {"none", false}});
-  FoldArrays arrays{{}, dtype};
+  FoldArrays& arrays = result.arrays;
+  arrays.dtype = dtype;
   for (size_t kind = 0; kind < 3; ++kind) {
     for (int i = 0; i < std::stoi(part[4 + kind]); ++i) {
       repvgg::FoldBranch& branch = prob.branches[prob.n_branches++];
@@ -217,16 +231,33 @@ void run_fold(const std::vector<std::string>& part, const std::string& text) {
     }
   }
   if (post_bn) prob.post_bn = arrays.batchnorm(prob.K);
-  const Buffer weight("weight", prob.K * prob.C * 9, dtype, guard), bias("bias", prob.K, dtype, guard);
-  prob.weight = weight.data(), prob.bias = bias.data();
+  result.weight = std::make_unique<Buffer>("weight", prob.K * prob.C * 9, dtype, guard);
+  result.bias = std::make_unique<Buffer>("bias", prob.K, dtype, guard);
+  prob.weight = result.weight->data(), prob.bias = result.bias->data();
   prob.weight_dtype = prob.bias_dtype = dtype;
-  const FoldReference expected = fold_reference(prob);
-  repvgg::cuda::fuse_weights(prob, nullptr);
+  return result;
+}
+
+void run_fold(const std::string& text) {
+  std::snprintf(native::running, sizeof native::running, "fuse_weights, %s", text.c_str());
+  std::vector<FoldCase> cases;
+  std::vector<repvgg::FoldProblem> problems;
+  for (const std::string& each : split(text, '+')) {
+    cases.push_back(fold_case(split(each)));
+    problems.push_back(cases.back().prob);
+  }
+  repvgg::cuda::fuse_weights(problems.data(), static_cast<int>(problems.size()), nullptr);
   simt::synchronize();
   double used = 0;
-  std::string wrong = compare("weight", weight, expected.weight, expected.weight_bound, &used);
-  if (wrong.empty()) wrong = compare("bias", bias, expected.bias, expected.bias_bound, &used);
-  report("fuse_weights", text, checked("bound", used, weight.hash() ^ bias.hash(), wrong));
+  uint64_t hash = 0;
+  std::string wrong;
+  for (const FoldCase& each : cases) {
+    const FoldReference expected = fold_reference(each.prob);
+    if (wrong.empty()) wrong = compare("weight", *each.weight, expected.weight, expected.weight_bound, &used);
+    if (wrong.empty()) wrong = compare("bias", *each.bias, expected.bias, expected.bias_bound, &used);
+    hash ^= each.weight->hash() ^ each.bias->hash();
+  }
+  report("fuse_weights", text, checked("bound", used, hash, wrong));
 }
 
 // -----------------------------------------------------------------------------------------------------------------
@@ -266,7 +297,7 @@ int run(int argc, char** argv) {
   for (int i = first; i < argc; ++i) {
     const std::vector<std::string> part = split(argv[i]);
     if (part[0] == "fuse") {
-      if (algorithm.empty() || algorithm == "fuse_weights") run_fold(part, argv[i]);
+      if (algorithm.empty() || algorithm == "fuse_weights") run_fold(argv[i]);
       continue;
     }
     const ConvCase test = conv_case(part);

@@ -87,11 +87,12 @@ void check_aligned(const void* pointer, unsigned bytes, Where where);
 struct Copy {
   char* to;
   const char* from;
-  int bytes;  // the rest of the 16 is zero
+  int bytes;  // the rest of `width` is zero
+  int width;  // 4 or 16
   uint64_t group;
 };
 bool copies_are_asynchronous();
-void start_copy(char* to, const void* from, int bytes, Where where);
+void start_copy(char* to, const void* from, int bytes, int width, Where where);
 void commit_copies();
 // Takes the next copy that a wait for all but the newest `pending` groups covers. False: there is none.
 bool next_covered_copy(int pending, Copy* copy);

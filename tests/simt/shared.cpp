@@ -148,10 +148,10 @@ void check_aligned(const void* pointer, unsigned bytes, Where where) {
 
 bool copies_are_asynchronous() { return gpu.capability >= 80; }
 
-void start_copy(char* to, const void* from, int bytes, Where where) {
+void start_copy(char* to, const void* from, int bytes, int width, Where where) {
   Thread& thread = *running;
   thread.where = where;
-  thread.copies.push_back({to, static_cast<const char*>(from), bytes, thread.group});
+  thread.copies.push_back({to, static_cast<const char*>(from), bytes, width, thread.group});
 }
 
 void commit_copies() { ++running->group; }
