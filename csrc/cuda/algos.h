@@ -17,7 +17,8 @@ Device device(int index);
 // current GPU, of 16-bit types mma_plan.h's model of an implicit GEMM. It is there to be compared with.
 double aten_cost(const ConvProblem& prob, const Device& device);
 
-// Folds the block with one launch on `stream`. Throws std::runtime_error if the launch fails.
-void fuse_weights(const FoldProblem& prob, void* stream);
+// Folds n blocks on `stream`, with one launch for as many as a kernel's parameters describe (with CUDA 12.1 and later
+// 63 blocks of three branches). Throws std::runtime_error if a launch fails.
+void fuse_weights(const FoldProblem* problems, int n, void* stream);
 
 }  // namespace repvgg::cuda

@@ -35,6 +35,9 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(message);
 }
 
+// What a kernel's parameters may take together.
+constexpr int kMaxParameterBytes = CUDART_VERSION >= 12010 ? 32764 : 4096;
+
 struct LaunchShape {
   unsigned grid, block;
   unsigned dynamic_shared = 0;  // bytes
@@ -60,6 +63,11 @@ void launch_kernel(const char* name, void (*kernel)(Params...), LaunchShape shap
   config.attrs = &overlap;
   config.numAttrs = shape.overlap ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...), name);
+}
+
+// Fills memory of the device with zeros, in the order of the stream.
+inline void fill_zero(void* memory, int64_t bytes, void* stream) {
+  check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)), "fill_zero");
 }
 
 // Whether this binary holds code that the current device can run.
@@ -112,6 +120,16 @@ __device__ __forceinline__ void store_shared_16(SharedAddress address, uint32_t 
 __device__ __forceinline__ void load_global_16(uint32_t (&r)[4], const void* p) {
   asm volatile("ld.global.nc.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(p));
 }
+__device__ __forceinline__ void load_global_8(uint32_t& a, uint32_t& b, const void* p) {
+  asm volatile("ld.global.nc.v2.b32 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "l"(p));
+}
+// Of memory that this kernel writes: what a fence orders before it is seen.
+__device__ __forceinline__ void load_global_16_written(uint32_t (&r)[4], const void* p) {
+  asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "l"(p)
+               : "memory");
+}
 __device__ __forceinline__ void store_global_16(void* p, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
@@ -138,6 +156,15 @@ __device__ __forceinline__ void copy_async_16(SharedAddress to, const void* from
   uint32_t r[4];
   load_global_16(r, from);
   store_shared_16(to, r[0], r[1], r[2], r[3]);
+#endif
+}
+// The same with 4 bytes, of which both addresses must be a multiple.
+__device__ __forceinline__ void copy_async_4(SharedAddress to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+#else
+  const uint32_t value = __ldg(static_cast<const uint32_t*>(from));
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
 #endif
 }
 // Copies the first `bytes` (0 to 16) and fills the rest with zeros. Nothing is read where bytes is 0.

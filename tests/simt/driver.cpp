@@ -6,7 +6,8 @@
 //     --algorithm NAME (default: every row)         --guard after | before
 //     --tile I, --split N: of the tensor-core rows, instead of what they would choose
 //   case: N,C,H,W,K,stride,groups,dtype,layout,activation,bias|none     as 2,5,7,9,6,1,1,float32,nhwc,relu,bias
-//     or  fuse,K,C,dtype,3x3 branches,1x1 branches,identities,bn|none,bn of the sum|none
+//     or  fuse,K,C,dtype,3x3 branches,1x1 branches,identities,bn|none,bn of the sum|none     several joined by +: one
+//     call
 //
 // Prints a JSON object per row and case. Exit status: 0 all is well, 1 a result is wrong, 2 usage, 3 an access outside
 // a buffer, 4 a diagnosis of the executor.
@@ -30,10 +31,10 @@ Guard guard = Guard::kAfter;
 int forced_tile = -1, forced_split = 1;
 int failures = 0;
 
-std::vector<std::string> split(const std::string& text) {
+std::vector<std::string> split(const std::string& text, char separator = ',') {
   std::vector<std::string> parts(1);
   for (const char c : text) {
-    if (c == ',') {
+    if (c == separator) {
       parts.emplace_back();
     } else {
       parts.back() += c;
@@ -117,6 +118,21 @@ bool is_named(const ConvAlgo& algo, const char* prefix) {
   return std::strncmp(algo.name, prefix, std::strlen(prefix)) == 0;
 }
 
+// A kernel was launched as the row's plan says.
+std::string check_plan(const repvgg::LaunchPlan& plan) {
+  std::string launched;
+  for (const simt::LaunchRecord& launch : simt::launches) {
+    if (launch.grid == plan.blocks && launch.block == static_cast<unsigned>(plan.threads) &&
+        launch.shared == static_cast<size_t>(plan.shared_bytes)) {
+      return "";
+    }
+    launched += "; launched: " + std::to_string(launch.grid) + " blocks of " + std::to_string(launch.block) +
+                " threads and " + std::to_string(launch.shared) + " bytes";
+  }
+  return "the plan says " + std::to_string(plan.blocks) + " blocks of " + std::to_string(plan.threads) +
+         " threads and " + std::to_string(plan.shared_bytes) + " bytes of shared memory" + launched;
+}
+
 void run_row(const ConvAlgo& algo, const ConvCase& test, const std::string& text) {
   const ConvProblem& prob = test.prob;
   std::snprintf(native::running, sizeof native::running, "%s, %s", algo.name, text.c_str());
@@ -135,9 +151,9 @@ void run_row(const ConvAlgo& algo, const ConvCase& test, const std::string& text
     report(algo.name, text, "\"refused\": \"the tile does not fit\"");
     return;
   }
-  const repvgg::cuda::MmaPlan plan =
+  const repvgg::cuda::MmaPlan mma_plan =
       forced ? repvgg::cuda::plan_mma_tile(forced_tile, forced_split, prob, device) : repvgg::cuda::MmaPlan{};
-  const int64_t workspace_bytes = forced ? plan.workspace_bytes() : algo.workspace(prob, device);
+  const int64_t workspace_bytes = forced ? mma_plan.workspace_bytes() : algo.workspace(prob, device);
   const Buffer workspace("workspace", workspace_bytes / 2, DType::kFloat16, guard);
   const std::vector<double> xs = x.fill_random(1, 1);
   const std::vector<double> weights = weight.fill_random(2, 1 / std::sqrt(9.0 * static_cast<double>(prob.group_C())));
@@ -147,6 +163,7 @@ void run_row(const ConvAlgo& algo, const ConvCase& test, const std::string& text
   };
   if (packed.bytes() > 0) algo.pack(prob, {weight.data(), packed.data(), nullptr, in_turn});
   simt::synchronize();
+  simt::launches.clear();
   const std::vector<char> inputs[] = {x.copy(), weight.copy(), bias.copy(), packed.copy()};
   const repvgg::ConvArgs args = {x.data(),
                                  weight.data(),
@@ -158,13 +175,16 @@ void run_row(const ConvAlgo& algo, const ConvCase& test, const std::string& text
                                  nullptr,
                                  device,
                                  in_turn};
-  forced ? repvgg::cuda::launch_mma(prob, args, plan) : algo.launch(prob, args);
+  forced ? repvgg::cuda::launch_mma(prob, args, mma_plan) : algo.launch(prob, args);
   simt::synchronize();
+  const repvgg::LaunchPlan plan = forced ? mma_plan.launch_plan(prob) : algo.plan(prob, device);
+  const std::string wrong_plan = check_plan(plan);
 
   const bool exact = std::strcmp(algo.name, "direct") == 0, tf32 = is_named(algo, "mma_tf32");
   const Reference expected = reference(prob, xs, weights, biases, tf32 ? std::ldexp(1, -11) : 0);
   double used = 0;
   std::string wrong = compare("y", y, expected.y, expected.bound, &used);
+  if (wrong.empty()) wrong = wrong_plan;
   if (exact && wrong.empty()) {
     for (int64_t i = 0; i < y.size() && wrong.empty(); ++i) {
       if (std::memcmp(y.floats() + i, &expected.chain[static_cast<size_t>(i)], 4) == 0) continue;
@@ -178,7 +198,10 @@ void run_row(const ConvAlgo& algo, const ConvCase& test, const std::string& text
   for (int i = 0; i < 4 && wrong.empty(); ++i) {
     if (!buffers[i]->same(inputs[i])) wrong = "an input was written to";
   }
-  report(algo.name, text, checked(exact ? "bits" : "bound", used, y.hash(), wrong));
+  char tile[100];
+  std::snprintf(tile, sizeof tile, ", \"threads\": %d, \"tile\": [%d, %d, %d], \"split\": %d", plan.threads,
+                plan.tile_k, plan.tile_p, plan.tile_q, plan.split);
+  report(algo.name, text, checked(exact ? "bits" : "bound", used, y.hash(), wrong) + tile);
 }
 
 // -------------------------------------------------------------------------------------------------------- fuse_weights
@@ -186,7 +209,7 @@ void run_row(const ConvAlgo& algo, const ConvCase& test, const std::string& text
 // The arrays of a FoldProblem, made on demand.
 struct FoldArrays {
   std::vector<std::unique_ptr<Buffer>> buffers;
-  DType dtype;
+  DType dtype = DType::kFloat32;
 
   repvgg::FoldArray make(int64_t size, double scale, bool positive = false) {
     buffers.push_back(std::make_unique<Buffer>("an array of the block", size, dtype, guard));
@@ -198,16 +221,24 @@ struct FoldArrays {
   }
 };
 
-void run_fold(const std::vector<std::string>& part, const std::string& text) {
-  if (part.size() != 9) throw std::invalid_argument("a case of fuse has 9 parts");
-  std::snprintf(native::running, sizeof native::running, "fuse_weights, %s", text.c_str());
+// A block with its tensors.
+struct FoldCase {
   repvgg::FoldProblem prob = {};
+  FoldArrays arrays;
+  std::unique_ptr<Buffer> weight, bias;
+};
+
+FoldCase fold_case(const std::vector<std::string>& part) {
+  if (part.size() != 9) throw std::invalid_argument("a case of fuse has 9 parts");
+  FoldCase result;
+  repvgg::FoldProblem& prob = result.prob;
   prob.K = std::stoll(part[1]);
   prob.C = std::stoll(part[2]);
   const DType dtype = dtype_of(part[3]);
   const bool bn = choose<bool>(part[7], {{"bn", true}, {"none", false}});
   const bool post_bn = choose<bool>(part[8], {{"bn", true}, {"none", false}});
-  FoldArrays arrays{{}, dtype};
+  FoldArrays& arrays = result.arrays;
+  arrays.dtype = dtype;
   for (size_t kind = 0; kind < 3; ++kind) {
     for (int i = 0; i < std::stoi(part[4 + kind]); ++i) {
       repvgg::FoldBranch& branch = prob.branches[prob.n_branches++];
@@ -219,16 +250,33 @@ void run_fold(const std::vector<std::string>& part, const std::string& text) {
     }
   }
   if (post_bn) prob.post_bn = arrays.batchnorm(prob.K);
-  const Buffer weight("weight", prob.K * prob.C * 9, dtype, guard), bias("bias", prob.K, dtype, guard);
-  prob.weight = weight.data(), prob.bias = bias.data();
+  result.weight = std::make_unique<Buffer>("weight", prob.K * prob.C * 9, dtype, guard);
+  result.bias = std::make_unique<Buffer>("bias", prob.K, dtype, guard);
+  prob.weight = result.weight->data(), prob.bias = result.bias->data();
   prob.weight_dtype = prob.bias_dtype = dtype;
-  const FoldReference expected = fold_reference(prob);
-  repvgg::cuda::fuse_weights(prob, nullptr);
+  return result;
+}
+
+void run_fold(const std::string& text) {
+  std::snprintf(native::running, sizeof native::running, "fuse_weights, %s", text.c_str());
+  std::vector<FoldCase> cases;
+  std::vector<repvgg::FoldProblem> problems;
+  for (const std::string& each : split(text, '+')) {
+    cases.push_back(fold_case(split(each)));
+    problems.push_back(cases.back().prob);
+  }
+  repvgg::cuda::fuse_weights(problems.data(), static_cast<int>(problems.size()), nullptr);
   simt::synchronize();
   double used = 0;
-  std::string wrong = compare("weight", weight, expected.weight, expected.weight_bound, &used);
-  if (wrong.empty()) wrong = compare("bias", bias, expected.bias, expected.bias_bound, &used);
-  report("fuse_weights", text, checked("bound", used, weight.hash() ^ bias.hash(), wrong));
+  uint64_t hash = 0;
+  std::string wrong;
+  for (const FoldCase& each : cases) {
+    const FoldReference expected = fold_reference(each.prob);
+    if (wrong.empty()) wrong = compare("weight", *each.weight, expected.weight, expected.weight_bound, &used);
+    if (wrong.empty()) wrong = compare("bias", *each.bias, expected.bias, expected.bias_bound, &used);
+    hash ^= each.weight->hash() ^ each.bias->hash();
+  }
+  report("fuse_weights", text, checked("bound", used, hash, wrong));
 }
 
 // -----------------------------------------------------------------------------------------------------------------
@@ -273,7 +321,7 @@ int run(int argc, char** argv) {
   for (int i = first; i < argc; ++i) {
     const std::vector<std::string> part = split(argv[i]);
     if (part[0] == "fuse") {
-      if (algorithm.empty() || algorithm == "fuse_weights") run_fold(part, argv[i]);
+      if (algorithm.empty() || algorithm == "fuse_weights") run_fold(argv[i]);
       continue;
     }
     const ConvCase test = conv_case(part);

@@ -9,7 +9,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <source_location>
+#include <vector>
 
 namespace simt {
 
@@ -32,11 +34,18 @@ struct Gpu {
 inline Schedule schedule;
 inline Gpu gpu;
 
-// What a launch did, for the driver's report.
+// What was done, for the driver's report.
 struct Totals {
   uint64_t launches = 0, blocks = 0, threads = 0, barriers = 0, collectives = 0, switches = 0;
 };
 inline Totals totals;
+
+struct LaunchRecord {
+  const char* name;
+  unsigned grid, block;
+  size_t shared;  // bytes of a block, static and dynamic
+};
+inline std::vector<LaunchRecord> launches;  // the driver empties it
 
 // Results of launches may be read, and their inputs overwritten, only after this.
 void synchronize();
@@ -53,8 +62,9 @@ struct Shape {
   unsigned grid, block, dynamic_shared;
   bool overlap;
 };
-// Runs body(context) in every thread. The text of the CUDA error, or nullptr.
-const char* launch(const char* name, Shape shape, void (*body)(void*), void* context);
+// Runs body(context) in every thread; the context lives until the next synchronize. The text of the CUDA error, or
+// nullptr.
+const char* launch(const char* name, Shape shape, void (*body)(void*), std::shared_ptr<void> context);
 // griddepcontrol.wait
 void wait_for_previous();
 
@@ -77,11 +87,12 @@ void check_aligned(const void* pointer, unsigned bytes, Where where);
 struct Copy {
   char* to;
   const char* from;
-  int bytes;  // the rest of the 16 is zero
+  int bytes;  // the rest of `width` is zero
+  int width;  // 4 or 16
   uint64_t group;
 };
 bool copies_are_asynchronous();
-void start_copy(char* to, const void* from, int bytes, Where where);
+void start_copy(char* to, const void* from, int bytes, int width, Where where);
 void commit_copies();
 // Takes the next copy that a wait for all but the newest `pending` groups covers. False: there is none.
 bool next_covered_copy(int pending, Copy* copy);

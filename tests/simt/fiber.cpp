@@ -64,6 +64,8 @@ constexpr size_t kStackSize = 64 * 1024;
 #endif
 constexpr size_t kGuard = 4096;
 [[maybe_unused]] constexpr unsigned kNoSync = 1;
+// A fiber knows from the start what its creator knew; this creator knows nothing of the kernels.
+[[maybe_unused]] void* creator = nullptr;
 
 }  // namespace
 
@@ -80,6 +82,7 @@ Context::Context() {
 #endif
 #ifdef SIMT_TSAN
   tsan_fiber_ = __tsan_get_current_fiber();
+  creator = __tsan_create_fiber(0);
 #endif
 }
 
@@ -156,7 +159,8 @@ void* new_object() {
 void forward([[maybe_unused]] void* from, [[maybe_unused]] void* to) {
 #ifdef SIMT_TSAN
   void* running = __tsan_get_current_fiber();
-  void* carrier = __tsan_create_fiber(0);  // a clock that knows nothing yet
+  __tsan_switch_to_fiber(creator, kNoSync);
+  void* carrier = __tsan_create_fiber(0);
   __tsan_switch_to_fiber(carrier, kNoSync);
   __tsan_acquire(from);
   __tsan_release(to);

@@ -39,14 +39,25 @@ struct Gathering {
   Where where;
   uint32_t mask, arrived;
   void* lanes[32];
-  void* order;  // acquired by the lanes that leave
+};
+
+// The objects that lanes of a mask release and acquire, in turn: see Block::order.
+struct LaneOrder {
+  uint32_t mask = 0;
+  unsigned turn = 0;
+  void* objects[2] = {};
 };
 
 struct Warp {
   Block* block;
   uint32_t alive, runnable;  // lanes
   Thread* threads[32];
-  std::vector<std::unique_ptr<Gathering>> gatherings;
+  // Those before `open` wait for lanes; each lane is in one of them at most. Fibers do not allocate here, nor copy
+  // structures: ThreadSanitizer would take malloc and memcpy for accesses of theirs.
+  Gathering* gatherings[32];
+  unsigned open = 0;
+  Gathering pool[32];
+  LaneOrder orders[8];
 };
 
 struct Allocation {
@@ -65,7 +76,8 @@ class Window {
   char* dynamic(Where where);
   uint32_t offset(const void* pointer, Where where) const;
   char* pointer(uint32_t address, unsigned bytes, Where where) const;
-  // The array at this byte, or nullptr: "4 bytes past tile_x".
+  size_t bytes() const;  // of all arrays
+  // "byte 1028 of tile_x (1024 bytes)"
   void describe(uint32_t address, char* text, size_t size) const;
 
  private:

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -20,6 +21,8 @@ using simt::Where;
 
 // ---------------------------------------------------------------------------------------------------- host: launches
 
+constexpr int kMaxParameterBytes = 32764;
+
 struct LaunchShape {
   unsigned grid, block;
   unsigned dynamic_shared = 0;
@@ -29,6 +32,7 @@ struct LaunchShape {
 // A kernel with its parameters, which every thread copies.
 template <class... Params>
 struct Call {
+  Call(void (*kernel)(Params...), std::tuple<Params...> params) : kernel(kernel), params(std::move(params)) {}
   void (*kernel)(Params...);
   std::tuple<Params...> params;
 
@@ -41,9 +45,9 @@ struct Call {
 
 template <class... Params, class... Args>
 void launch_kernel(const char* name, void (*kernel)(Params...), LaunchShape shape, void*, const Args&... args) {
-  Call<Params...> call = {kernel, std::tuple<Params...>(static_cast<Params>(args)...)};
+  auto call = std::make_shared<Call<Params...>>(kernel, std::tuple<Params...>(static_cast<Params>(args)...));
   if (const char* error = simt::launch(name, {shape.grid, shape.block, shape.dynamic_shared, shape.overlap},
-                                       Call<Params...>::run, &call)) {
+                                       Call<Params...>::run, std::move(call))) {
     throw std::runtime_error(std::string(name) + ": CUDA error: " + error);
   }
 }
@@ -57,6 +61,8 @@ inline void describe_gpu(int, int* capability, int* multiprocessors) {
   *capability = simt::gpu.capability;
   *multiprocessors = simt::gpu.multiprocessors;
 }
+
+inline void fill_zero(void* memory, int64_t bytes, void*) { std::memset(memory, 0, static_cast<size_t>(bytes)); }
 
 // ------------------------------------------------------------------------------------------- device: shared memory
 
@@ -96,6 +102,15 @@ __device__ __forceinline__ void load_global_16(uint32_t (&r)[4], const void* p, 
   const Vector16 value = *static_cast<const Vector16*>(p);
   for (int i = 0; i < 4; ++i) r[i] = value[i];
 }
+__device__ __forceinline__ void load_global_8(uint32_t& a, uint32_t& b, const void* p, Where where = Where::current()) {
+  simt::check_aligned(p, 8, where);
+  const Vector8 value = *static_cast<const Vector8*>(p);
+  a = value[0], b = value[1];
+}
+__device__ __forceinline__ void load_global_16_written(uint32_t (&r)[4], const void* p,
+                                                       Where where = Where::current()) {
+  load_global_16(r, p, where);
+}
 __device__ __forceinline__ void store_global_16(void* p, uint32_t a, uint32_t b, uint32_t c, uint32_t d,
                                                 Where where = Where::current()) {
   simt::check_aligned(p, 16, where);
@@ -130,17 +145,29 @@ __device__ __forceinline__ void copy_async_16_or_zero(SharedAddress to, const vo
   const Vector16 value = load_first(static_cast<const char*>(from), bytes);
   const bool later = simt::copies_are_asynchronous();
   *reinterpret_cast<Vector16*>(target) = later ? Vector16{~0u, ~0u, ~0u, ~0u} : value;
-  if (later) simt::start_copy(target, from, bytes, where);
+  if (later) simt::start_copy(target, from, bytes, 16, where);
 }
 __device__ __forceinline__ void copy_async_16(SharedAddress to, const void* from, Where where = Where::current()) {
   copy_async_16_or_zero(to, from, 16, where);
+}
+__device__ __forceinline__ void copy_async_4(SharedAddress to, const void* from, Where where = Where::current()) {
+  char* target = simt::shared_pointer(to, 4, where);
+  simt::check_aligned(from, 4, where);
+  const Word value = *static_cast<const Word*>(from);
+  const bool later = simt::copies_are_asynchronous();
+  *reinterpret_cast<Word*>(target) = later ? ~0u : value;
+  if (later) simt::start_copy(target, from, 4, 4, where);
 }
 __device__ __forceinline__ void commit_copies() { simt::commit_copies(); }
 template <int kPending>
 __device__ __forceinline__ void wait_copies() {
   simt::Copy copy;
   while (simt::next_covered_copy(kPending, &copy)) {
-    *reinterpret_cast<Vector16*>(copy.to) = load_first(copy.from, copy.bytes);
+    if (copy.width == 4) {
+      *reinterpret_cast<Word*>(copy.to) = *reinterpret_cast<const Word*>(copy.from);
+    } else {
+      *reinterpret_cast<Vector16*>(copy.to) = load_first(copy.from, copy.bytes);
+    }
   }
 }
 
