@@ -109,6 +109,7 @@ Tensor conv3x3_chain(const Tensor& x, const std::vector<Tensor>& weights, const 
   }
   if (x.size(0) == 0) return empty_output(layers.back().prob, x);
 
+  const Layout layout = layers.back().prob.layout;
   Tensor y = x;
   for (size_t i = 0; i < n;) {
     const int join = x.is_cuda() ? 0 : joined(layers, i);
@@ -116,11 +117,13 @@ Tensor conv3x3_chain(const Tensor& x, const std::vector<Tensor>& weights, const 
       y = run_joined(layers, i, static_cast<size_t>(join), y, weights, biases);
       i += static_cast<size_t>(join);
     } else {
-      y = run_layer(layers[i], y, weights[i], given(biases[i]));
+      // Each layer takes its input as the one before it left it.
+      if (x.is_cuda()) layers[i].prob.layout = is_channels_last(y) ? Layout::kNHWC : Layout::kNCHW;
+      y = run_layer(layers[i], y, weights[i], given(biases[i]), /*any_layout=*/x.is_cuda());
       ++i;
     }
   }
-  return y;
+  return x.is_cuda() ? dense(y, layout) : y;
 }
 
 }  // namespace repvgg::ops

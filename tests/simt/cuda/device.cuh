@@ -244,6 +244,12 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
   return encode(low) | encode(high) << 16;
 }
 
+__device__ __forceinline__ float load_float(const void* data, DType dtype, int64_t i) {
+  return static_cast<float>(load_double(data, dtype, i));
+}
+
+__device__ __forceinline__ int computed_again(int value) { return value; }
+
 __device__ __forceinline__ uint32_t float_bits(float value) { return __float_as_uint(value); }
 __device__ __forceinline__ float bits_float(uint32_t bits) { return __uint_as_float(bits); }
 
