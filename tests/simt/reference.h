@@ -45,12 +45,12 @@ struct Reference {
   std::vector<float> chain;      // the same as one chain of fused multiply-adds in float, in the order (c, r, s)
 };
 
-// `operand_error`: how far the row rounds each factor of a product, relative to it (tf32: 2^-11).
+// `product_error`: how far rounding its factors moves a product, relative to it.
 inline Reference reference(const ConvProblem& prob, const std::vector<double>& x, const std::vector<double>& weight,
-                           const std::vector<double>& bias, double operand_error) {
+                           const std::vector<double>& bias, double product_error) {
   const int64_t P = prob.P(), Q = prob.Q(), C = prob.group_C();
   const double u = std::ldexp(1, -24), terms = static_cast<double>(9 * C + 1), gamma = terms * u / (1 - terms * u);
-  const double factor = gamma * std::pow(1 + operand_error, 2) + 2 * operand_error + operand_error * operand_error;
+  const double factor = gamma * (1 + product_error) + product_error;
   const double u_out = unit_roundoff(prob.dtype), least = smallest_normal(prob.dtype);
   const bool relu = prob.activation == repvgg::Activation::kRelu;
   Reference result;
