@@ -182,7 +182,9 @@ std::string compare_chain(const Buffer& y, const std::vector<float>& chain) {
 }
 
 void run_row(const ConvAlgo& algo, const ConvCase& test, const std::string& text) {
-  const ConvProblem& prob = test.prob;
+  ConvProblem prob = test.prob;
+  if (algo.layout == repvgg::RowLayout::kNHWC) prob.layout = Layout::kNHWC;
+  const Layout y_layout = algo.layout == repvgg::RowLayout::kToNHWC ? Layout::kNHWC : prob.layout;
   std::snprintf(native::running, sizeof native::running, "%s, %s", algo.name, text.c_str());
   const repvgg::Device device = {true, 0, 1, simt::gpu.capability, simt::gpu.multiprocessors};
   Way way = {};
@@ -192,19 +194,7 @@ void run_row(const ConvAlgo& algo, const ConvCase& test, const std::string& text
   const Buffer bias("bias", test.bias ? prob.K : 0, prob.dtype, guard);
   const Buffer y("y", prob.N * prob.K * prob.P() * prob.Q(), prob.dtype, guard);
   const Buffer packed("packed weights", algo.packed_bytes(prob) / 2, DType::kFloat16, guard);
-<<<<<<< HEAD
-  const bool forced = forced_tile >= 0 && is_named(algo, "mma");
-  if (forced && !repvgg::cuda::mma_tile_fits(repvgg::cuda::kMmaTiles[forced_tile], prob)) {
-    report(algo.name, text, "\"refused\": \"the tile does not fit\"");
-    return;
-  }
-  const repvgg::cuda::MmaPlan mma_plan =
-      forced ? repvgg::cuda::plan_mma_tile(forced_tile, forced_split, prob, device) : repvgg::cuda::MmaPlan{};
-  const int64_t workspace_bytes = forced ? mma_plan.workspace_bytes() : algo.workspace(prob, device);
-  const Buffer workspace("workspace", workspace_bytes / 2, DType::kFloat16, guard);
-=======
   const Buffer workspace("workspace", way.workspace_bytes / 2, DType::kFloat16, guard);
->>>>>>> simt
   const std::vector<double> xs = x.fill_random(1, 1);
   const std::vector<double> weights = weight.fill_random(2, 1 / std::sqrt(9.0 * static_cast<double>(prob.group_C())));
   const std::vector<double> biases = bias.fill_random(3, 0.5);
@@ -212,22 +202,6 @@ void run_row(const ConvAlgo& algo, const ConvCase& test, const std::string& text
   simt::synchronize();
   simt::launches.clear();
   const std::vector<char> inputs[] = {x.copy(), weight.copy(), bias.copy(), packed.copy()};
-<<<<<<< HEAD
-  const repvgg::ConvArgs args = {x.data(),
-                                 weight.data(),
-                                 packed.bytes() > 0 ? packed.data() : nullptr,
-                                 test.bias ? bias.data() : nullptr,
-                                 prob.dtype,
-                                 y.data(),
-                                 workspace.data(),
-                                 nullptr,
-                                 device,
-                                 in_turn};
-  forced ? repvgg::cuda::launch_mma(prob, args, mma_plan) : algo.launch(prob, args);
-  simt::synchronize();
-  const repvgg::LaunchPlan plan = forced ? mma_plan.launch_plan(prob) : algo.plan(prob, device);
-  const std::string wrong_plan = check_plan(plan);
-=======
   const void* const packed_data = packed.bytes() > 0 ? packed.data() : nullptr;
   const void* const bias_data = test.bias ? bias.data() : nullptr;
   const repvgg::ConvArgs args = {x.data(), weight.data(),    packed_data, bias_data, prob.dtype,
@@ -238,41 +212,22 @@ void run_row(const ConvAlgo& algo, const ConvCase& test, const std::string& text
     algo.launch(prob, args);
   }
   simt::synchronize();
->>>>>>> simt
 
   const bool exact = std::strcmp(algo.name, "direct") == 0, tf32 = std::strcmp(algo.name, "mma_tf32") == 0;
   // tf32: packing rounds the weights to 11 bits, the hardware cuts the pixels off after 11.
   const double tf32_error = (1 + std::ldexp(1, -11)) * (1 + std::ldexp(1, -10)) - 1;
-  const Reference expected = reference(prob, xs, weights, biases, tf32 ? tf32_error : 0);
+  const Reference expected = reference(prob, y_layout, xs, weights, biases, tf32 ? tf32_error : 0);
   double used = 0;
   std::string wrong = compare("y", y, expected.y, expected.bound, &used);
-<<<<<<< HEAD
-  if (wrong.empty()) wrong = wrong_plan;
-  if (exact && wrong.empty()) {
-    for (int64_t i = 0; i < y.size() && wrong.empty(); ++i) {
-      if (std::memcmp(y.floats() + i, &expected.chain[static_cast<size_t>(i)], 4) == 0) continue;
-      char got[100];
-      std::snprintf(got, sizeof got, "y[%" PRId64 "]: got %a, the chain of fused multiply-adds gives %a", i, y.at(i),
-                    double{expected.chain[static_cast<size_t>(i)]});
-      wrong = got;
-    }
-  }
-=======
   if (wrong.empty() && exact) wrong = compare_chain(y, expected.chain);
-  if (wrong.empty() && way.forced.tile < 0) wrong = check_plan(algo.plan(prob, device));
->>>>>>> simt
+  if (wrong.empty()) {
+    wrong = check_plan(way.forced.tile < 0 ? algo.plan(prob, device) : way.forced.launch_plan(prob));
+  }
   const Buffer* const buffers[] = {&x, &weight, &bias, &packed};
   for (int i = 0; i < 4 && wrong.empty(); ++i) {
     if (!buffers[i]->same(inputs[i])) wrong = "an input was written to";
   }
-<<<<<<< HEAD
-  char tile[100];
-  std::snprintf(tile, sizeof tile, ", \"threads\": %d, \"tile\": [%d, %d, %d], \"split\": %d", plan.threads,
-                plan.tile_k, plan.tile_p, plan.tile_q, plan.split);
-  report(algo.name, text, checked(exact ? "bits" : "bound", used, y.hash(), wrong) + tile);
-=======
   report(algo.name, text, checked(exact ? "bits" : "bound", used, y.hash(), wrong) + way.text);
->>>>>>> simt
 }
 
 // -------------------------------------------------------------------------------------------------------- fuse_weights
