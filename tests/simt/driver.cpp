@@ -185,7 +185,9 @@ std::string compare_chain(const Buffer& y, const std::vector<float>& chain) {
 }
 
 void run_row(const ConvAlgo& algo, const ConvCase& test, const std::string& text) {
-  const ConvProblem& prob = test.prob;
+  ConvProblem prob = test.prob;
+  if (algo.layout == repvgg::RowLayout::kNHWC) prob.layout = Layout::kNHWC;
+  const Layout y_layout = algo.layout == repvgg::RowLayout::kToNHWC ? Layout::kNHWC : prob.layout;
   std::snprintf(native::running, sizeof native::running, "%s, %s", algo.name, text.c_str());
   const repvgg::Device device = {true, 0, 1, simt::gpu.capability, simt::gpu.multiprocessors};
   Way way = {};
@@ -217,11 +219,13 @@ void run_row(const ConvAlgo& algo, const ConvCase& test, const std::string& text
   const bool exact = std::strcmp(algo.name, "direct") == 0, tf32 = std::strcmp(algo.name, "mma_tf32") == 0;
   // tf32: packing rounds the weights to 11 bits, the hardware cuts the pixels off after 11.
   const double tf32_error = (1 + std::ldexp(1, -11)) * (1 + std::ldexp(1, -10)) - 1;
-  const Reference expected = reference(prob, xs, weights, biases, tf32 ? tf32_error : 0);
+  const Reference expected = reference(prob, y_layout, xs, weights, biases, tf32 ? tf32_error : 0);
   double used = 0;
   std::string wrong = compare("y", y, expected.y, expected.bound, &used);
   if (wrong.empty() && exact) wrong = compare_chain(y, expected.chain);
-  if (wrong.empty() && way.forced.tile < 0) wrong = check_plan(algo.plan(prob, device));
+  if (wrong.empty()) {
+    wrong = check_plan(way.forced.tile < 0 ? algo.plan(prob, device) : way.forced.launch_plan(prob));
+  }
   const Buffer* const buffers[] = {&x, &weight, &bias, &packed};
   for (int i = 0; i < 4 && wrong.empty(); ++i) {
     if (!buffers[i]->same(inputs[i])) wrong = "an input was written to";
