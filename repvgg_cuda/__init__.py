@@ -7,7 +7,17 @@ from repvgg_cuda.branches import BatchNorm, Branch, Branches
 from repvgg_cuda.convert import reparameterize
 from repvgg_cuda.models import create_model, model_names
 from repvgg_cuda.modules import RepConv3x3, RepVGGBlock
-from repvgg_cuda.ops import ChainLayer, algorithms, conv3x3, conv3x3_chain, explain, fuse_weights, prepack, refusal
+from repvgg_cuda.ops import (
+    ChainLayer,
+    algorithms,
+    conv3x3,
+    conv3x3_chain,
+    explain,
+    fuse_weights,
+    fuse_weights_batch,
+    prepack,
+    refusal,
+)
 from repvgg_cuda.preparation import prepare
 from repvgg_cuda.verification import verify
 
@@ -26,6 +36,7 @@ __all__ = [
     "create_model",
     "explain",
     "fuse_weights",
+    "fuse_weights_batch",
     "has_cuda_kernels",
     "model_names",
     "prepack",
