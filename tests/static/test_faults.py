@@ -58,8 +58,9 @@ def faults(header: str, barrier: str) -> list[Fault]:
             "4-byte-load",
             "device.cuh",
             r'"ld\.shared\.v4\.b32 \{%0, %1, %2, %3\}, \[%4\];"',
-            '"ld.volatile.shared.b32 %0, [%4]; ld.volatile.shared.b32 %1, [%4+4]; "
-            "ld.volatile.shared.b32 %2, [%4+8]; ld.volatile.shared.b32 %3, [%4+12];"',
+            # volatile: else ptxas makes one load of four neighbours
+            '"ld.volatile.shared.b32 %0, [%4]; ld.volatile.shared.b32 %1, [%4+4]; '
+            'ld.volatile.shared.b32 %2, [%4+8]; ld.volatile.shared.b32 %3, [%4+12];"',
             r"accesses of less than 16 bytes in the main loop",
         ),
     ]
