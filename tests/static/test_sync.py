@@ -42,8 +42,8 @@ def problem(shape: str, dtype: int, layout: int = NHWC, stride: int = 1, groups:
 
 DIRECT, MMA = ("conv3x3_direct_kernel",), ("conv3x3_mma_kernel",)
 #: A block each, or two: proofs take seconds then. Out of reach of a static proof: blocks that share a sum wait for a
-#: counter in memory (direct_split); rounding to 16 bits branches on values (fuse_weights); `direct` stores 16 bytes at a
-#: time where the address of y allows it, which is unknown, and not asked where extents are no multiples of 4.
+#: counter in memory (direct_split); rounding to 16 bits branches on values (fuse_weights); `direct` stores 16 bytes at
+#: a time where the address of y allows it, which is unknown, and not asked where extents are no multiples of 4.
 LAUNCHES = (
     Launch("direct", "conv direct " + problem("1 3 3 5 9", FLOAT32, NCHW), DIRECT),
     Launch("direct-nhwc-stride2", "conv direct " + problem("1 3 3 5 9", FLOAT32, stride=2), DIRECT, slow=True),
