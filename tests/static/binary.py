@@ -103,6 +103,6 @@ def read(path: Path, disassemble: bool = True) -> Binary:
                        threads, blocks, codes[cubin][mangled])
             )  # fmt: skip
     kernels.sort(key=lambda kernel: kernel.place)
-    archs = frozenset(_arch(cubin.name) for cubin in cubins)
+    archs = frozenset(kernel.arch for kernel in kernels)  # nvcc's linker adds an empty cubin of its own
     ptx_archs = frozenset(int(number) for number in re.findall(r"\.sm_(\d+)[a-z]?\.ptx", listed_ptx))
     return Binary(path, archs, ptx_archs, versions.pop() if versions else "", tuple(kernels))
