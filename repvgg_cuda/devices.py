@@ -8,8 +8,9 @@ every line above this file: its figures are no measurement of anything, and say 
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from repvgg_cuda.branches import require
 from repvgg_cuda.timing import Clock, CpuClock, CudaClock, Run, WallClock
+
+ContextManager = contextlib.AbstractContextManager[object]
 
 #: Written to push everything else out of a CPU's caches, whose size no portable call tells.
 CPU_FLUSH_BYTES = 192 << 20
@@ -74,6 +77,9 @@ class CpuDevice:
 
     def capture(self, run: Run) -> Run:
         raise RuntimeError("CUDA graphs need a CUDA device")
+
+    def side_streams(self, count: int) -> contextlib.AbstractContextManager[list[ContextManager]]:
+        raise RuntimeError("streams need a CUDA device")
 
     def conv_relu(self, x: Tensor, weight: Tensor, bias: Tensor, stride: int, groups: int) -> Tensor:
         raise RuntimeError("cudnn_convolution_relu needs a CUDA device")
@@ -133,6 +139,18 @@ class CudaDevice(CpuDevice):
 
         return replay
 
+    @contextlib.contextmanager
+    def side_streams(self, count: int) -> Iterator[list[ContextManager]]:
+        """So many new streams, each to be entered once: they follow what was launched before, and what follows waits
+        for them."""
+        before = torch.cuda.current_stream(self.torch_device)
+        streams: list[Any] = [torch.cuda.Stream(self.torch_device) for _ in range(count)]  # type: ignore[no-untyped-call]
+        for stream in streams:
+            stream.wait_stream(before)
+        yield [torch.cuda.stream(stream) for stream in streams]
+        for stream in streams:
+            before.wait_stream(stream)
+
     def conv_relu(self, x: Tensor, weight: Tensor, bias: Tensor, stride: int, groups: int) -> Tensor:
         """cuDNN's convolution, bias and ReLU in one call: the strongest baseline PyTorch has."""
         return torch.cudnn_convolution_relu(x, weight, bias, [stride] * 2, [1, 1], [1, 1], groups)
@@ -160,6 +178,16 @@ class CudaDevice(CpuDevice):
         return torch.cuda.get_device_properties(self.torch_device)
 
 
+class RehearsalClock:
+    """Runs once what is to be timed, and says that every call took a millisecond: no load makes a rehearsal longer."""
+
+    name, resolution = "rehearsal", 1.0
+
+    def time(self, run: Run, calls: int) -> float:
+        run()
+        return 1e6 * calls
+
+
 class DryRunDevice(CudaDevice):
     """Every call of :class:`CudaDevice`, answered on the CPU by the nearest thing: for tests and rehearsals only."""
 
@@ -170,7 +198,7 @@ class DryRunDevice(CudaDevice):
         pass
 
     def clock(self, name: str = "auto") -> Clock:
-        return WallClock()
+        return RehearsalClock()
 
     def synchronize(self) -> None:
         pass
@@ -194,6 +222,10 @@ class DryRunDevice(CudaDevice):
             return output
 
         return replay
+
+    @contextlib.contextmanager
+    def side_streams(self, count: int) -> Iterator[list[ContextManager]]:
+        yield [contextlib.nullcontext() for _ in range(count)]
 
     def conv_relu(self, x: Tensor, weight: Tensor, bias: Tensor, stride: int, groups: int) -> Tensor:
         return F.conv2d(x, weight, bias, stride, 1, 1, groups).relu_()

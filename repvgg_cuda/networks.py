@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -182,7 +183,10 @@ def own_candidates(work: Workload, truth: checks.Truth, *, algorithm_rows: bool 
         yield own("prepared, low memory", lambda: prepared(work, "low"))
     yield own("auto", unprepared)
     if work.device.kind == "cuda":
+        last = replace(work, x=work.x.contiguous(memory_format=torch.channels_last))
+        yield own("prepared" + CHANNELS_LAST, lambda: prepared(last))
         yield own("prepared" + CUDA_GRAPH, lambda: work.device.capture(prepared(work)))
+        yield own("prepared" + CHANNELS_LAST + CUDA_GRAPH, lambda: work.device.capture(prepared(last)))
     if algorithm_rows:
         for algorithm in algorithms(work.x.device):
             yield by_algorithm(None, work.deployed, work.x, algorithm, "", truth)

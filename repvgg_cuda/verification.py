@@ -12,8 +12,8 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -22,17 +22,12 @@ from rich.text import Text
 from torch import Tensor
 
 from repvgg_cuda import testing
-from repvgg_cuda.branches import Branches, dtype_name, require
+from repvgg_cuda.affine import Affine
+from repvgg_cuda.branches import dtype_name, require
+from repvgg_cuda.convert import Conv, Found, conv_paths, find
 from repvgg_cuda.modules import RepConv3x3
 from repvgg_cuda.prepared import algorithm_for
-from repvgg_cuda.structure import (
-    BRANCH_NAMES,
-    UnfoldableError,
-    branch_names,
-    conv_geometry,
-    has_branches,
-    read_branches,
-)
+from repvgg_cuda.structure import ConvGeometry, conv_geometry, is_batchnorm
 
 #: How many times the error of the trained network the deployed one may make. A rigorous end-to-end bound exists but
 #: says nothing: it multiplies each layer's rounding error by the Lipschitz constants of all later layers, whose product
@@ -49,7 +44,7 @@ class Row:
 
     ``max_error`` is the largest absolute error. ``error``, ``bound`` and their ratio ``share`` belong to the element
     that uses most of its bound. ``trained_error``: the largest of the trained network in the same dtype; for the whole
-    network only.
+    network only. ``conv``: the path of the folded convolution.
     """
 
     name: str
@@ -60,14 +55,15 @@ class Row:
     share: float
     ok: bool
     trained_error: float | None = None
+    conv: str | None = None
 
 
 @dataclass(frozen=True)
 class Verification:
     """The result of :func:`verify`. ``str()`` is a table in plain text, :meth:`render` one for ``rich``.
 
-    ``rows``: one per folded layer in the order of execution, then the whole network. ``not_compared``: multi-branch
-    blocks without a row, with the reason. ``agreement``: images with the same top class as the oracle's, and images;
+    ``rows``: one per folded layer in the order of execution, then the whole network. ``not_compared``: blocks without a
+    row, with the reason. ``agreement``: images with the same top class as the oracle's, and images;
     None unless the output is ``[N, classes]``.
     """
 
@@ -146,8 +142,7 @@ class Verification:
 # --------------------------------------------------------------------------------------------------------- comparison
 
 
-@torch.no_grad()
-def verify(trained: nn.Module, deployed: nn.Module, inputs: Tensor) -> Verification:
+def verify(trained: nn.Module, deployed: nn.Module, inputs: Tensor | Sequence[Any]) -> Verification:
     """Compares ``deployed`` with ``trained``, layer by layer and as a whole, against ``trained`` in float64.
 
     Per folded layer: the float64 network's input to it, rounded to the layer's dtype, goes through the deployed
@@ -160,31 +155,35 @@ def verify(trained: nn.Module, deployed: nn.Module, inputs: Tensor) -> Verificat
     Args:
         trained, deployed: in eval mode, on one device; neither is modified. Outputs may be tensors or nested lists,
             tuples and dicts of them; their floating point tensors are compared.
-        inputs: what both take, ``[N, C_in, H, W]``; rounded to the dtype of ``deployed``.
+        inputs: what both take: ``[N, C_in, H, W]``, or a tuple of arguments; rounded to the dtype of ``deployed``.
     Raises:
-        RuntimeError: a model is in training mode, ``trained`` has no multi-branch block, or the two are not the same
-            network; the message says which.
+        RuntimeError: a model is in training mode, nothing of ``trained`` is folded in ``deployed``, or the two are not
+            the same network; the message says which.
     Note:
         Runs with TF32 off, which the bounds for float32 do not cover.
     """
+    return compare(trained, deployed, inputs, needs_layers=True)
+
+
+@torch.no_grad()
+def compare(
+    trained: nn.Module, deployed: nn.Module, inputs: Tensor | Sequence[Any], *, needs_layers: bool
+) -> Verification:
+    """:func:`verify`; without ``needs_layers`` also where nothing is folded."""
     trained, deployed = _unwrap(trained), _unwrap(deployed)
     _check_eval("trained", trained)
     _check_eval("deployed", deployed)
     dtype = _dtype(deployed)
-    require(
-        isinstance(inputs, Tensor) and inputs.is_floating_point() and inputs.numel() > 0,
-        "verify: inputs must be a floating point tensor with at least one element, such as a batch of images",
-    )
-    pairs, not_compared = _pairs(trained, deployed)
-    x = inputs.to(dtype)
+    x = arguments(inputs, deployed)
     with _without_tf32():
         oracle = copy.deepcopy(trained).double()
-        rows = _record_layers(oracle, pairs, not_compared)
-        want = oracle(x.double())
+        pairs, not_compared = _pairs(oracle, deployed, needs_layers)
+        rows = _record_layers(pairs, not_compared)
+        want = oracle(*cast(x, torch.float64))
         # float64 has no wider oracle; there the error in float32 is scaled down by the ratio of the roundings.
         own_dtype = torch.float32 if dtype == torch.float64 else dtype
         same_dtype = trained if _dtype(trained) == own_dtype else copy.deepcopy(trained).to(own_dtype)
-        got, own = deployed(x), same_dtype(x.to(own_dtype))
+        got, own = deployed(*x), same_dtype(*cast(x, own_dtype))
     for path in pairs:
         if path not in rows and path not in not_compared:
             not_compared[path] = "these inputs do not reach it"
@@ -196,7 +195,21 @@ def verify(trained: nn.Module, deployed: nn.Module, inputs: Tensor) -> Verificat
     )
 
 
-Conv = RepConv3x3 | nn.Conv2d
+def arguments(inputs: Tensor | Sequence[Any], model: nn.Module) -> tuple[Any, ...]:
+    """``inputs`` as arguments of ``model``, floating point tensors rounded to its dtype."""
+    values = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    tensors = [each for each in values if isinstance(each, Tensor) and each.is_floating_point()]
+    require(
+        len(tensors) > 0 and all(each.numel() > 0 for each in tensors),
+        "verify: inputs must be a floating point tensor with at least one element, such as a batch of images, or a "
+        "tuple of arguments with one among them",
+    )
+    return cast(values, _dtype(model))
+
+
+def cast(values: Sequence[Any], dtype: torch.dtype) -> tuple[Any, ...]:
+    """The floating point tensors among ``values`` in ``dtype``, the rest as it is."""
+    return tuple(v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for v in values)
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -231,86 +244,127 @@ def _without_tf32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def _pairs(trained: nn.Module, deployed: nn.Module) -> tuple[dict[str, Conv], dict[str, str]]:
-    """The deployed convolution of each multi-branch block of ``trained``, by path; and blocks without one, with why."""
+class _Pair(NamedTuple):
+    """A block of the oracle, and the convolution that stands for it."""
+
+    found: Found
+    conv: Conv
+    path: str  # of conv
+
+
+def _pairs(oracle: nn.Module, deployed: nn.Module, needs_layers: bool) -> tuple[dict[str, _Pair], dict[str, str]]:
+    """The deployed convolution of each block of ``oracle``, by path; and blocks without one, with the reason."""
+    found, _ = find(oracle)
+    paths = conv_paths(found)
     others = dict(deployed.named_modules(remove_duplicate=False))
-    pairs: dict[str, Conv] = {}
+    pairs: dict[str, _Pair] = {}
     not_compared: dict[str, str] = {}
-    for path, block in trained.named_modules():
-        if not has_branches(block):
-            continue
+    for i, each in enumerate(found):
+        holder = each.region.absolute(each.block.scope)
+        if each.block.is_chain and (holder not in others or _keeps_batchnorms(each, others)):
+            continue  # left as it was, or dropped as only training needs it
         require(
-            path in others, f"verify: deployed has no module '{path}', which is a block of trained: not its conversion"
+            holder in others,
+            f"verify: deployed has no module '{holder}', which is a block of trained: not its conversion",
         )
-        other = others[path]
-        conv = other._modules.get("rbr_reparam", other)
-        if isinstance(conv, (RepConv3x3, nn.Conv2d)):
-            pairs[path] = conv
+        if each.block.reason:
+            not_compared[each.path] = f"it cannot be folded: {each.block.reason}"
+            continue
+        where = next((path for path in (paths[i], holder) if isinstance(others.get(path), Conv)), "")
+        conv = others[where]
+        if isinstance(conv, Conv):
+            pairs[each.path if each.path not in pairs else paths[i]] = _Pair(each, conv, where)
         else:
-            not_compared[path] = f"it is not folded in deployed, but a {type(other).__name__}"
+            not_compared[each.path] = f"it is not folded in deployed, but a {type(others[holder]).__name__}"
     require(
-        len(pairs) > 0,
+        len(pairs) > 0 or not needs_layers,
         "verify: there is no block with branches in trained and folded in deployed to compare; give the trained model "
         "first, then the deployed one",
     )
     return pairs, not_compared
 
 
-def _record_layers(oracle: nn.Module, pairs: Mapping[str, Conv], not_compared: dict[str, str]) -> dict[str, Row]:
-    """Hooks every paired block of ``oracle``: as it runs, its row appears in the returned dict."""
+def _keeps_batchnorms(found: Found, others: Mapping[str, nn.Module]) -> bool:
+    layers = [layer for layer in found.block.layers if layer.kind == "bn"]
+    modules = [others.get(found.region.absolute(layer.path)) for layer in layers]
+    kept = [isinstance(m, nn.modules.batchnorm._BatchNorm) or (m is not None and is_batchnorm(m)) for m in modules]
+    return any(kept)
+
+
+def _record_layers(pairs: Mapping[str, _Pair], not_compared: dict[str, str]) -> dict[str, Row]:
+    """Hooks what reads the input of every paired block: as the oracle runs, its row appears in the returned dict."""
     rows: dict[str, Row] = {}
 
-    def hook_for(path: str, conv: Conv) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            try:
-                row = _layer_row(path, block, conv, x)
-            except UnfoldableError as error:
-                not_compared[path] = str(error)
+    def hook_for(path: str, pair: _Pair) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        busy = False
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            nonlocal busy
+            if busy:  # the comparison runs the layers, too
                 return
+            busy = True
+            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            row = _layer_row(path, pair, x)
+            busy = False
             if path not in rows or not row.share <= rows[path].share:  # a block may run several times: keep the worst
                 rows[path] = row
 
         return hook
 
-    for path, conv in pairs.items():
-        oracle.get_submodule(path).register_forward_pre_hook(hook_for(path, conv), with_kwargs=True)
+    for path, pair in pairs.items():
+        block = pair.found.block
+        reader = next((n for n in block.nodes if n.op == "call_module" and block.root in n.all_input_nodes), None)
+        if reader is None:
+            not_compared[path] = "functions, and no module, read its input"
+            continue
+        module = block.traced.module.get_submodule(str(reader.target))
+        module.register_forward_pre_hook(hook_for(path, pair), with_kwargs=True)
     return rows
 
 
-def _layer_row(path: str, block: nn.Module, conv: Conv, x64: Tensor) -> Row:
-    """Compares ``conv`` with the float64 ``block`` on the input ``x64`` of the block."""
-    branches, stride = read_branches(block, path)
-    _check_same_geometry(path, conv, branches, stride)
+def _layer_row(path: str, pair: _Pair, x64: Tensor) -> Row:
+    """Compares the convolution with the layers it stands for, in float64, on the input ``x64`` of those."""
+    block, conv = pair.found.block, pair.conv
+    folded = block.folded
+    assert folded is not None
+    _check_same_geometry(path, conv, folded)
     x = x64.to(conv.weight.dtype)
     exact = x.double()
-    want = torch.stack([child(exact) for name in BRANCH_NAMES if (child := block._modules.get(name))]).sum(0)
+    want = block.run(exact)
     if isinstance(conv, RepConv3x3):
         conv = copy.copy(conv)  # shares the weights
         conv.activation = "identity"  # behind a ReLU, a fault in a channel that these inputs leave dead would not show
     got = conv(x).double()
     algorithm = algorithm_for(conv, x) if isinstance(conv, RepConv3x3) else "aten"
-    weight_bound, bias_bound = testing.fold_bound(branches, conv.weight.dtype)
-    bound = (
-        testing.error_bound(x, conv.weight, conv.bias, stride, branches.groups, algorithm)
-        + testing.conv3x3_fp64(exact.abs(), weight_bound, bias_bound, stride, branches.groups)
-        + testing.multi_branch_bound(exact, branches, stride)
-    )
-    return _row(path or "(the model itself)", branch_names(block), got, want, bound)
+    if algorithm == "aten":
+        options = (folded.stride, folded.padding, folded.dilation, folded.groups)
+        bound = testing.conv_error_bound(x, conv.weight, conv.bias, *options)
+    else:
+        bound = testing.error_bound(x, conv.weight, conv.bias, folded.stride[0], folded.groups, algorithm)
+    weight_bound, bias_bound = folded.fold_bound(conv.weight.dtype)
+    # Denormal weights may have been set to zero.
+    weight_bound += torch.finfo(conv.weight.dtype).smallest_normal * (conv.weight == 0)
+    fold = replace(folded, weight=weight_bound, bias=bias_bound)
+    bound = bound + fold(exact.abs()) + 2 * folded.evaluation_bound(exact)
+    return replace(_row(path or "(the model itself)", block.branches, got, want, bound), conv=pair.path)
 
 
-def _check_same_geometry(path: str, conv: Conv, branches: Branches, stride: int) -> None:
-    """Raises RuntimeError unless ``conv`` is a 3x3 convolution of the same geometry as the block."""
-    want = (branches.out_channels, branches.in_channels // branches.groups, 3, 3)
-    found = tuple(conv.weight.shape)
-    geometry = conv_geometry(conv) if isinstance(conv, nn.Conv2d) else None
-    same = (geometry.stride[0] if geometry else conv.stride) == stride and conv.groups == branches.groups
-    padded = geometry is None or (geometry.padding, geometry.dilation) == ((1, 1), (1, 1))
+def _check_same_geometry(path: str, conv: Conv, folded: Affine) -> None:
+    """Raises RuntimeError unless ``conv`` is a convolution of the same geometry as the block."""
+    channels = (folded.in_channels, folded.out_channels)
+    options = (folded.kernel_size, folded.stride, folded.padding, folded.dilation, folded.groups)
+    want = ConvGeometry(*channels, *options, "zeros")
+    if isinstance(conv, nn.Conv2d):
+        found = conv_geometry(conv)
+    else:
+        stride = (conv.stride, conv.stride)
+        found = ConvGeometry(conv.in_channels, conv.out_channels, (3, 3), stride, (1, 1), (1, 1), conv.groups, "zeros")
+    found_shape, want_shape = tuple(conv.weight.shape), tuple(folded.weight.shape)
     require(
-        found == want and same and padded,
-        f"verify: {path or 'the model'}: deployed has a convolution {list(found)}, stride {conv.stride}, groups "
-        f"{conv.groups}, where trained has a block {list(want)}, stride {stride}, groups {branches.groups}: not its "
-        "conversion",
+        found[2:] == want[2:] and found_shape == want_shape,
+        f"verify: {path or 'the model'}: deployed has a convolution {list(found_shape)}, stride {conv.stride}, groups "
+        f"{conv.groups}, where trained has a block {list(want_shape)}, stride {folded.stride[0]}, groups "
+        f"{folded.groups}: not its conversion",
     )
 
 

@@ -22,19 +22,21 @@ OPS_SEES = {"cpu/algos.h", "cpu/chain.h", "cpu/fuse_weights.h", "cuda/algos.h"}
 
 #: Layers of the Python package, lowest first. A module imports from lower layers or its own.
 LAYERS = [
-    {"_version", "branches", "packed", "_ext", "intervals"},
-    {"reference", "explanation", "_registration", "structure"},
-    {"ops", "testing"},
+    {"_version", "branches", "packed", "_ext", "intervals", "gpus", "zoo", "recognition", "renaming", "tensor_files"},
+    {"reference", "explanation", "_registration", "structure", "affine", "report"},
+    {"ops", "testing", "tracing", "layers", "blocks"},
     {"timing", "environment", "devices", "comparison", "files"},
     {"tables", "ceilings", "records", "regression"},
-    {"modules", "prepared"},
+    {"modules", "prepared", "rewriting", "block_folds", "folding"},
     {"models", "preparation", "runs", "convert", "baselines", "engines"},
-    {"verification", "state_dict", "checkpoint", "digits"},
+    {"verification", "state_dict", "checkpoint", "digits", "gpu_model", "deployment", "unfusion"},
     {"checks", "networks", "suites"},
     {"runner", "charts", "page"},
     {"benchmarking"},
-    {"info", "picture", "bench"},
-    {"demo"},
+    {"gpu_stages", "gpu_report"},
+    {"gpu_check"},
+    {"info", "picture", "bench", "console", "conversion"},
+    {"demo", "export"},
     {"cli"},
     {"__main__", "__init__"},
 ]
