@@ -123,7 +123,7 @@ def average_pool(channels: int, size: Pair, stride: Pair, padding: Pair, device:
 
 def scaled(f: Affine, scale: Tensor, roundings: int = 2) -> Affine:
     """``scale * f(x)``, with one number per channel or one for all."""
-    factor = scale.detach().double().reshape(-1).expand(f.out_channels)
+    factor = scale.detach().to(f.bias).reshape(-1).expand(f.out_channels)
     columns = factor.reshape(-1, 1, 1, 1)
     return replace(
         f,
@@ -138,7 +138,7 @@ def scaled(f: Affine, scale: Tensor, roundings: int = 2) -> Affine:
 
 def shifted(f: Affine, shift: Tensor) -> Affine:
     """``f(x) + shift``, with one number per channel or one for all."""
-    value = shift.detach().double().reshape(-1).expand(f.out_channels)
+    value = shift.detach().to(f.bias).reshape(-1).expand(f.out_channels)
     return replace(
         f,
         bias=f.bias + value,

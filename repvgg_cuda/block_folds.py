@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
@@ -303,11 +304,11 @@ class HeadFold(Fold):
 
 def _checked(key: str, value: Tensor) -> Tensor:
     """``value``, unless it holds what no training leaves, and what a BatchNorm would turn into NaN without a word."""
-    finite = value.isfinite()
-    if not bool(finite.all()):
-        bad = value[~finite].flatten()[0].item()
-        raise RuntimeError(f"{key} holds {bad}: the checkpoint is damaged, or its training diverged")
-    if key.endswith("running_var"):
-        lowest = float(value.min())
-        require(lowest >= 0, f"{key} holds {lowest:g}, and a variance is at least 0: the checkpoint is damaged")
+    lowest, highest = map(float, value.aminmax())  # NaN if there is any
+    bad = next((each for each in (lowest, highest) if not math.isfinite(each)), None)
+    require(bad is None, f"{key} holds {bad}: the checkpoint is damaged, or its training diverged")
+    require(
+        lowest >= 0 or not key.endswith("running_var"),
+        f"{key} holds {lowest:g}, and a variance is at least 0: the checkpoint is damaged",
+    )
     return value

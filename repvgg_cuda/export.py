@@ -127,7 +127,7 @@ def _without_packed(model: nn.Module) -> nn.Module:
 
 def _operators(program: torch.export.ExportedProgram) -> Mapping[str, int]:
     nodes = [node for node in program.graph.nodes if node.op == "call_function"]
-    return Counter(str(getattr(node.target, "__name__", node.target)).removesuffix(".default") for node in nodes)
+    return Counter(str(node.target).removesuffix(".default") for node in nodes)
 
 
 def _target(path: str | Path, suffix: str) -> Path:
@@ -317,7 +317,7 @@ def run(args: argparse.Namespace) -> int:
         with naming(args.input):
             model, lines = load_deployed(args.input, args.model, source=args.source, eps=args.eps)
         size = args.image_size or demo.input_size(args.model)[1]
-        weight = next(model.parameters())
+        weight = model.get_parameter("stage0.rbr_reparam.weight")
         example = torch.zeros(1, weight.shape[1], size, size, dtype=weight.dtype)
         if args.prepare:
             prepare(model, example)

@@ -79,10 +79,10 @@ class StatePlan:
                 fold = self._folds[output.source]
                 if on_block is not None:
                     on_block(fold.name)
-                folded["weight"], folded["bias"] = _finite(fold.name, *fold.run(load))
-                for value in folded.values():
-                    self.report.largest = max(self.report.largest, float(value.abs().max()))
-            yield output.key, folded[output.part]
+                folded["weight"], folded["bias"] = fold.run(load)
+                largest = max(_largest(fold.name, value) for value in folded.values())
+                self.report.largest = max(self.report.largest, largest)
+            yield output.key, folded.pop(output.part)
 
 
 def plan(
@@ -202,10 +202,12 @@ def _folds(state: Mapping[str, Tensor], found: Recognised, eps: float) -> dict[s
     return folds | {prefix: HeadFold(prefix, tensors, eps) for prefix, tensors in heads.items()}
 
 
-def _finite(name: str, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def _largest(name: str, value: Tensor) -> float:
+    """The largest magnitude in a folded tensor. Raises RuntimeError if it holds NaN or infinity."""
+    lowest, highest = map(float, value.aminmax())
     require(
-        bool(weight.isfinite().all() and bias.isfinite().all()),
-        f"{name} folds to NaN or infinity in {dtype_name(weight.dtype)}: the dtype is too narrow for its values (make "
+        math.isfinite(lowest) and math.isfinite(highest),
+        f"{name} folds to NaN or infinity in {dtype_name(value.dtype)}: the dtype is too narrow for its values (make "
         "the checkpoint float32 first), or a running_var is 0 and eps too",
     )
-    return weight, bias
+    return max(-lowest, highest)

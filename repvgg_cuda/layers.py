@@ -287,20 +287,23 @@ class _Reader:
         return pure and bool(inputs) and all(self._is_constant(each) for each in inputs)
 
     def value(self, argument: Any) -> Any:
-        """What a constant is."""
+        """What a constant is; what is computed from parameters is computed in float64."""
         if not isinstance(argument, Node):
             return argument
+        if argument.op == "get_attr":
+            return attribute(self.traced.module, str(argument.target))
         if argument not in self._constants:
-            if argument.op == "get_attr":
-                result: Any = attribute(self.traced.module, str(argument.target))
+            args, kwargs = fx.map_arg((argument.args, argument.kwargs), self._value_fp64)
+            if argument.op == "call_method":
+                result = getattr(args[0], str(argument.target))(*args[1:], **kwargs)
             else:
-                args, kwargs = fx.map_arg((argument.args, argument.kwargs), self.value)
-                if argument.op == "call_method":
-                    result = getattr(args[0], str(argument.target))(*args[1:], **kwargs)
-                else:
-                    result = argument.target(*args, **kwargs)  # type: ignore[operator]
+                result = argument.target(*args, **kwargs)  # type: ignore[operator]
             self._constants[argument] = result
         return self._constants[argument]
+
+    def _value_fp64(self, node: Node) -> Any:
+        value = self.value(node)
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
     def _per_channel(self, constant: Any) -> Tensor | None:
         """A constant as a tensor of one number, or of one per channel; None if it varies in another way."""

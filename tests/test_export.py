@@ -34,24 +34,31 @@ def network(**options: Any) -> nn.Module:
     return repvgg_cuda.reparameterize(model)[0].eval()
 
 
+class Layers(nn.Module):
+    """Layers one by one and in one call; the second without a bias, the third strided."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+        def three() -> nn.ModuleList:
+            second = RepConv3x3(8, 8, groups=4, bias=False)
+            third = RepConv3x3(8, 4, stride=2, activation="relu")
+            return nn.ModuleList([RepConv3x3(3, 8, activation="relu"), second, third])
+
+        self.single, self.chained = three(), three()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for layer in self.single:
+            y = layer(y)
+        chain = [
+            repvgg_cuda.ChainLayer(each.weight, each.bias, each.stride, each.groups, each.activation)  # type: ignore[arg-type]
+            for each in self.chained
+        ]
+        return y - repvgg_cuda.conv3x3_chain(x, chain)
+
+
 def layers() -> nn.Module:
-    """Layers by themselves, in one call of the chain and out of it; the second without a bias, the last strided."""
-
-    class Layers(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = RepConv3x3(3, 8, activation="relu")
-            self.b = RepConv3x3(8, 8, groups=4, bias=False)
-            self.c = RepConv3x3(8, 4, stride=2, activation="relu")
-
-        def forward(self, x: Tensor) -> Tensor:
-            chain = [
-                repvgg_cuda.ChainLayer(m.weight, m.bias, m.stride, m.groups, m.activation)
-                for m in (self.a, self.b, self.c)
-            ]
-            y: Tensor = self.c(self.b(self.a(x))) - 2 * repvgg_cuda.conv3x3_chain(x, chain)
-            return y
-
     torch.manual_seed(0)
     return Layers().eval()
 
@@ -69,15 +76,20 @@ def error_text(function: Callable[[], object]) -> str:
 
 @torch.no_grad()
 def assert_as_accurate(model: nn.Module, results: dict[tuple[int, int, int], Tensor]) -> None:
-    """Each result against the model in float64, held to NETWORK_FACTOR times the error of the model itself."""
+    """The results against the model in float64, held to NETWORK_FACTOR times the error of the model itself.
+
+    The largest over all sizes: the few outputs of one image may by chance be closer to the truth than the rest.
+    """
     oracle = copy.deepcopy(model).double()
+    errors, own = [], []
     for size, y in results.items():
         x = images(*size)
         exact = oracle(x.double())
         assert y.shape == exact.shape
-        own = float((model(x) - exact).abs().max())
-        assert own > 0
-        assert float((y - exact).abs().max()) <= NETWORK_FACTOR * own
+        errors.append(float((y - exact).abs().max()))
+        own.append(float((model(x) - exact).abs().max()))
+    assert max(own) > 0
+    assert max(errors) <= NETWORK_FACTOR * max(own)
 
 
 # -------------------------------------------------------------------------------------------------------------- ONNX
@@ -90,7 +102,9 @@ def onnx_results(path: Path, sizes: list[tuple[int, int, int]]) -> tuple[Any, di
     return session, {size: torch.from_numpy(session.run(None, {name: images(*size).numpy()})[0]) for size in sizes}
 
 
-@pytest.mark.parametrize("make", [network, layers, lambda: network(use_se=True, width_multiplier=[0.5] * 4)])
+@pytest.mark.parametrize(
+    "make", [network, layers, lambda: network(use_se=True, width_multiplier=[0.5] * 4)], ids=["network", "layers", "se"]
+)
 def test_onnx_runs_in_onnxruntime_at_every_size(tmp_path: Path, make: Callable[[], nn.Module]) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
@@ -246,7 +260,7 @@ class DataDependent(nn.Module):
 
 class OneSize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return x.reshape(-1, 3, 32, 32)
+        return x.reshape(x.shape[0], 3, 64, 64)
 
 
 @pytest.mark.parametrize("model", [DataDependent(), OneSize()])

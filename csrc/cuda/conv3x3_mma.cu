@@ -74,14 +74,7 @@ double cost_tf32(const ConvProblem&, const Device&, bool) { return std::numeric_
 
 int64_t workspace(const ConvProblem& prob, const Device& device) { return plan_mma(prob, device).workspace_bytes(); }
 
-LaunchPlan plan(const ConvProblem& prob, const Device& device) {
-  const MmaPlan plan = plan_mma(prob, device);
-  const MmaTile& tile = kMmaTiles[plan.tile];
-  const int images = tile.joined ? static_cast<int>((tile.tile_q() - 2) / prob.W) + 2 : 1;
-  return {plan.blocks(), tile.threads(), tile.shared_bytes(),
-          tile.tile_k(), tile.tile_p(),  tile.tile_q(),
-          images,        plan.split,     2};
-}
+LaunchPlan plan(const ConvProblem& prob, const Device& device) { return plan_mma(prob, device).launch_plan(prob); }
 
 void launch(const ConvProblem& prob, const ConvArgs& args) { launch_mma(prob, args, plan_mma(prob, args.device)); }
 
