@@ -26,11 +26,12 @@ Refusal refuse_common(const ConvProblem& prob, const Device& device, int channel
   }
   // Coordinates, channels and the grid are int, offsets in memory int64_t.
   constexpr int64_t kMost = 1 << 30;
-  if (prob.N > kMost || prob.H > kMost || prob.W > kMost || prob.C * 9 > kMost || prob.K * 9 > kMost ||
+  if (prob.N > kMost || prob.H > kMost || prob.W > kMost || prob.C > kMost / 64 || prob.K > kMost / 64 ||
       mma_packed_bytes(prob) / kTapColumnBytes > kMost) {
     return "an extent is too large";
   }
   const MmaPlan plan = plan_mma(prob, device);
+  if (plan.tile < 0) return "the rows of an image are too long";
   if (plan.blocks() > std::numeric_limits<int>::max()) return "the problem needs more than 2^31 - 1 thread blocks";
   if (device.present && !entry_of(prob, plan.tile).has_code()) {
     return "repvgg_cuda was built without code for this GPU: rebuild with TORCH_CUDA_ARCH_LIST for it";
@@ -102,7 +103,8 @@ void launch_mma(const ConvProblem& prob, const ConvArgs& args, const MmaPlan& pl
   params.tiles = static_cast<int>(plan.tiles);
   params.split = plan.split;
   params.split_chunks = plan.split_chunks;
-  entry_of(prob, plan.tile).launch(params, /*overlap=*/args.device.capability >= 90, args.stream);
+  const bool overlap = args.device.capability >= 90;  // reads weights before the launch ahead has ended
+  entry_of(prob, plan.tile).launch(params, overlap && !args.just_packed, overlap, args.stream);
 }
 
 extern const ConvAlgo kConv3x3Mma = {"mma",     refuse, cost, mma_packed_bytes, mma_pack,

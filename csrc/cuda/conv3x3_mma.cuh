@@ -383,9 +383,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM) conv3x3_mma_kern
 template <class T>
 __global__ void __launch_bounds__(T::kThreads) conv3x3_mma_sum_kernel(const Conv3x3MmaParams params) {
   const int index = static_cast<int>(blockIdx.x) / T::kRows, j = static_cast<int>(blockIdx.x) % T::kRows;
-  const auto output = conv3x3_mma_output<T>(params, Conv3x3MmaTile<T>(params, index));
   wait_for_previous_kernel();  // the parts are complete
   let_next_kernel_start();
+  const auto output = conv3x3_mma_output<T>(params, Conv3x3MmaTile<T>(params, index));
   float sum[T::kTilesM][4] = {};
   for (int part = 0; part < params.split; ++part) {
 #pragma unroll
@@ -408,7 +408,7 @@ using Conv3x3MmaTraitsOf =
 
 struct Conv3x3MmaEntry {
   bool (*has_code)();
-  void (*launch)(const Conv3x3MmaParams&, bool overlap, void* stream);
+  void (*launch)(const Conv3x3MmaParams&, bool overlap, bool overlap_sum, void* stream);
 };
 
 // The kernels of one type, in the order of kMmaTiles; null where a tile is not compiled for it. Each type has a file of
@@ -423,14 +423,14 @@ constexpr Conv3x3MmaEntry conv3x3_mma_entry() {
   } else {
     using T = Conv3x3MmaTraitsOf<kType, kIndex>;
     return {[] { return has_code(conv3x3_mma_kernel<T>); },
-            [](const Conv3x3MmaParams& params, bool overlap, void* stream) {
+            [](const Conv3x3MmaParams& params, bool overlap, bool overlap_sum, void* stream) {
               const auto tiles = static_cast<unsigned>(params.tiles);
               launch_kernel("conv3x3 mma", conv3x3_mma_kernel<T>,
                             {tiles * params.split, T::kThreads, T::kSharedBytes, overlap}, stream, params);
               if constexpr (kTile.split) {
                 if (params.split == 1) return;
                 launch_kernel("conv3x3 mma, sum of the parts", conv3x3_mma_sum_kernel<T>,
-                              {tiles * T::kRows, T::kThreads, 0, overlap}, stream, params);
+                              {tiles * T::kRows, T::kThreads, 0, overlap_sum}, stream, params);
               }
             }};
   }
