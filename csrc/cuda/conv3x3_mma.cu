@@ -3,19 +3,17 @@
 #include <limits>
 
 #include "cuda/algos.h"
-#include "cuda/conv3x3_mma.cuh"
 #include "cuda/gpu_rates.h"
 #include "cuda/mma_plan.h"
+#include "cuda/mma_tiles.h"
 #include "cuda/pack_weights.h"
 
 namespace repvgg::cuda {
 namespace {
 
 const Conv3x3MmaEntry& entry_of(const ConvProblem& prob, int tile) {
-  const Conv3x3MmaEntry* entries = prob.dtype == DType::kFloat16    ? kConv3x3MmaFloat16
-                                   : prob.dtype == DType::kBFloat16 ? kConv3x3MmaBFloat16
-                                                                    : kConv3x3MmaTF32;
-  return entries[tile];
+  if (prob.dtype == DType::kFloat16) return conv3x3_mma_float16(tile);
+  return prob.dtype == DType::kBFloat16 ? conv3x3_mma_bfloat16(tile) : conv3x3_mma_tf32(tile);
 }
 
 // What both rows ask for; `channels` is a copy of 16 bytes.
