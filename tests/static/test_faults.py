@@ -103,7 +103,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
         target = source.with_suffix(".o")
         code = f"-gencode=arch=compute_{ARCH},code=[sm_{ARCH},compute_{ARCH}]"
         sass.run([nvcc, "-std=c++17", "-O3", code, f"-I{csrc}", "-c", str(source), "-o", str(target)])
-        return gates.with_dynamic_shared(binary.read(target), csrc)
+        return gates.with_dynamic_shared(binary.read(target))
 
     return compile_one
 
