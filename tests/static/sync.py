@@ -169,5 +169,6 @@ def verify(program: Program, launch: dict[str, Any], timeout: float) -> dict[str
 
 
 def witness(report: dict[str, Any]) -> str:
-    """What a report says against a kernel, on a few lines."""
-    return f"{report['result']}: {json.dumps(report.get('diagnostics', []))[:2000]}"
+    """What a report says against a kernel: where the accesses of a race are, else the diagnosis."""
+    places = [race[side]["location"] for race in report.get("races", []) for side in ("first", "second")]
+    return f"{report['result']}: {json.dumps(places or report.get('diagnostics', []))[:2000]}"

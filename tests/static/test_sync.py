@@ -102,16 +102,15 @@ def test_every_kernel_has_a_launch(program: sync.Program) -> None:
 
 
 #: A header, the comment of a barrier in it, a launch that needs the barrier.
-BARRIERS = (
-    ("conv3x3_direct.cuh", "the chunk is complete", "direct"),
-    ("conv3x3_mma.cuh", "the next column is complete", "mma"),
-    ("pack_weights.cuh", "", "pack"),
-    ("fuse_weights.cuh", "", "fuse"),
-)
+BARRIERS = [
+    pytest.param("conv3x3_direct.cuh", "the chunk is complete", "direct", id="direct", marks=pytest.mark.slow),
+    pytest.param("conv3x3_mma.cuh", "the next column is complete", "mma", id="mma", marks=pytest.mark.slow),
+    pytest.param("pack_weights.cuh", "", "pack", id="pack"),
+    pytest.param("fuse_weights.cuh", "", "fuse", id="fuse"),
+]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("header", "comment", "name"), [pytest.param(*row, id=row[2]) for row in BARRIERS])
+@pytest.mark.parametrize(("header", "comment", "name"), BARRIERS)
 def test_missing_barrier_is_found(program: sync.Program, tmp_path: Path, header: str, comment: str, name: str) -> None:
     csrc = Path(shutil.copytree(sync.CSRC, tmp_path / "csrc"))
     path = csrc / "cuda" / header
