@@ -418,3 +418,28 @@ def test_verification_rows_name_their_convolution(net: tuple[Any, Any, Any]) -> 
     trained, deployed, report = net
     rows: tuple[Row, ...] = verify(trained, deployed, images()).rows
     assert [row.conv for row in rows[:-1]] == [entry.conv for entry in report.fused]
+
+
+def test_traced_models_convert(net: tuple[Any, Any, Any]) -> None:
+    """The graph of a GraphModule is its class: it is replaced."""
+    traced = torch.fx.symbolic_trace(net[0]).eval()
+    deployed, report = deploy(traced, images(), strict=True)
+    assert [entry.branches for entry in report.fused] == [entry.branches for entry in net[2].fused]
+    torch.testing.assert_close(copy.deepcopy(deployed)(images()), net[0](images()), rtol=1e-4, atol=1e-4)
+
+
+class Broadcast(nn.Module):
+    """One channel times a constant of several: no convolution has such a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 1, 3, padding=1), nn.Conv2d(3, 3, 1)
+        self.gamma = nn.Parameter(torch.ones(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * self.gamma + self.b(x)
+
+
+def test_broadcasts_are_left() -> None:
+    with pytest.warns(UserWarning, match="a constant of 3 numbers meets 1 channels"):
+        deploy(Broadcast().eval(), images())
