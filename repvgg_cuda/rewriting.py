@@ -187,11 +187,13 @@ def plan_rewrite(
             raise UnfoldableError(f"its sum is not found again in the {type(owner).__name__} that holds it")
         found.append(place)
     consumed: set[int] = set()
+    replaced: dict[Node, Node] = {}
     for (block, name, _), (root, nodes) in zip(blocks, found, strict=True):
         consumed.update(id(tensor) for tensor in _tensors_of(traced, nodes))
         consumed.update(block.module_ids)
         with traced.graph.inserting_before(nodes[-1]):
-            call = traced.graph.call_module(name, (root,))
+            call = traced.graph.call_module(name, (replaced.get(root, root),))
+        replaced[nodes[-1]] = call  # it may be the root of the next block
         nodes[-1].replace_all_uses_with(call)
         for node in reversed(nodes):
             traced.graph.erase_node(node)

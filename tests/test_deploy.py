@@ -443,3 +443,22 @@ class Broadcast(nn.Module):
 def test_broadcasts_are_left() -> None:
     with pytest.warns(UserWarning, match="a constant of 3 numbers meets 1 channels"):
         deploy(Broadcast().eval(), images())
+
+
+class Rows(nn.Module):
+    """Two blocks in one forward, one reading the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = ConvBN(3, 3, 3), ConvBN(3, 3, 1)
+        self.c, self.d = ConvBN(3, 3, 3), ConvBN(3, 3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x) + self.b(x)
+        return self.c(y) + self.d(y) + y
+
+
+def test_blocks_in_one_forward() -> None:
+    deployed, report = deploy(randomise_(Rows()).eval(), images(), strict=True)
+    assert [entry.conv for entry in report.fused] == ["reparam", "reparam_1"]
+    assert set(dict(deployed.named_children())) == {"reparam", "reparam_1"}
