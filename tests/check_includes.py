@@ -22,14 +22,21 @@ OPS_SEES = {"cpu/algos.h", "cpu/chain.h", "cpu/fuse_weights.h", "cuda/algos.h"}
 
 #: Layers of the Python package, lowest first. A module imports from lower layers or its own.
 LAYERS = [
-    {"_version", "branches", "packed", "_ext"},
+    {"_version", "branches", "packed", "_ext", "intervals", "gpus", "zoo", "recognition", "renaming", "tensor_files"},
     {"reference", "explanation", "_registration", "structure", "affine", "report"},
     {"ops", "testing", "tracing", "layers", "blocks"},
-    {"modules", "prepared", "timing", "environment", "rewriting", "proving"},
-    {"models", "preparation", "runs", "convert"},
-    {"verification", "layer_errors", "state_dict", "checkpoint", "digits", "suites", "deployment", "unfusion"},
-    {"info", "picture", "bench"},
-    {"demo"},
+    {"timing", "environment", "devices", "comparison", "files"},
+    {"tables", "ceilings", "records", "regression"},
+    {"modules", "prepared", "rewriting", "block_folds", "folding", "proving"},
+    {"models", "preparation", "runs", "convert", "baselines", "engines"},
+    {"verification", "layer_errors", "state_dict", "checkpoint", "digits", "gpu_model", "deployment", "unfusion"},
+    {"checks", "networks", "suites"},
+    {"runner", "charts", "page"},
+    {"benchmarking"},
+    {"gpu_stages", "gpu_report"},
+    {"gpu_check"},
+    {"info", "picture", "bench", "console", "conversion"},
+    {"demo", "export"},
     {"cli"},
     {"__main__", "__init__"},
 ]

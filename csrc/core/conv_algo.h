@@ -17,6 +17,18 @@ struct Device {
   bool present;
   int index;
   int threads;  // CPU threads to use; unused on a GPU
+  // Of a GPU: compute capability, 80 for 8.0, and number of multiprocessors. 0: unknown, or no GPU.
+  int capability = 0, multiprocessors = 0;
+};
+
+// How a row would launch on a GPU: what `explain`, the performance model and the tests read.
+struct LaunchPlan {
+  int64_t blocks;
+  int threads, shared_bytes;   // of a block
+  int tile_k, tile_p, tile_q;  // outputs that a block computes: channels, rows, columns
+  int images;                  // images that share a tile's row
+  int split;                   // blocks that share the sum over the input channels
+  int blocks_per_sm = 1;       // that the kernel is compiled to have registers for on a multiprocessor, at least
 };
 
 // Calls f(0) ... f(n - 1), each once, on up to as many CPU threads as there are, and waits for them.
@@ -26,13 +38,26 @@ struct ConvArgs {
   const void* x;
   const void* weight;  // OIHW
   const void* packed;  // what the row's pack wrote; nullptr where packed_bytes is 0
-  const void* bias;    // [K] or nullptr; the dtype of x
+  const void* bias;    // [K] or nullptr
+  DType bias_dtype;    // that of x, or float32 where x has 16 bits
   void* y;
   void* workspace;  // as many bytes as the row asked for, uninitialised
   void* stream;     // cudaStream_t; unused on a CPU
-  int threads;      // as in Device
+  Device device;    // the one that the workspace was measured for
+  ParallelFor parallel_for;
+  bool just_packed = false;  // `packed` is written by the launch before this one
+};
+
+struct PackArgs {
+  const void* weight;  // OIHW, in the device's memory
+  void* packed;        // as many bytes as the row asked for, in the device's memory, at a multiple of 64
+  void* stream;        // cudaStream_t; unused on a CPU
   ParallelFor parallel_for;
 };
+
+// How launch reads x and writes y: in the layout of the problem, whichever that is; or channels_last, whatever the
+// problem says, so that the caller converts; or from the problem's layout to channels_last.
+enum class RowLayout { kAsProblem, kNHWC, kToNHWC };
 
 struct ConvAlgo {
   const char* name;
@@ -42,16 +67,19 @@ struct ConvAlgo {
   double (*cost)(const ConvProblem&, const Device&, bool packed);
   // The size of the weights in this row's own order, 0 where it reads them as they are. The same for every N, H, W.
   int64_t (*packed_bytes)(const ConvProblem&);
-  void (*pack)(const ConvProblem&, const void* weight, void* packed, const ParallelFor&);
-  // Bytes of workspace that launch needs with so many threads.
-  int64_t (*workspace)(const ConvProblem&, int threads);
+  void (*pack)(const ConvProblem&, const PackArgs&);
+  // Bytes of workspace that launch needs on this device.
+  int64_t (*workspace)(const ConvProblem&, const Device&);
   // Throws std::runtime_error if the launch fails.
   void (*launch)(const ConvProblem&, const ConvArgs&);
+  // How launch would do it; nullptr on a CPU.
+  LaunchPlan (*plan)(const ConvProblem&, const Device&) = nullptr;
+  RowLayout layout = RowLayout::kAsProblem;
 };
 
 inline int64_t no_bytes(const ConvProblem&) { return 0; }
-inline void no_pack(const ConvProblem&, const void*, void*, const ParallelFor&) {}
-inline int64_t no_workspace(const ConvProblem&, int) { return 0; }
+inline void no_pack(const ConvProblem&, const PackArgs&) {}
+inline int64_t no_workspace(const ConvProblem&, const Device&) { return 0; }
 
 struct AlgoTable {
   const ConvAlgo* const* rows;

@@ -35,7 +35,7 @@ struct FoldBranch {
   FoldKind kind;
 };
 
-// weight [K, C, 3, 3], bias [K]; C is C_in / groups. Passed to the CUDA kernel by value.
+// weight [K, C, 3, 3], bias [K]; C is C_in / groups.
 struct FoldProblem {
   int64_t K, C;
   int32_t n_branches;
@@ -45,7 +45,6 @@ struct FoldProblem {
   FoldBatchNorm post_bn;
   FoldBranch branches[kMaxBranches];
 };
-static_assert(sizeof(FoldProblem) <= 4096, "a kernel's parameters fit in 4 KB");
 
 // BN(v) = v * scale + shift for channel k; the identity where there is no BatchNorm.
 struct FoldAffine {
@@ -58,32 +57,12 @@ RVG_HOST_DEVICE inline FoldAffine fold_affine(const FoldBatchNorm& bn, int64_t k
   return {scale, bn.bias.at_or(k, 0.0) - bn.mean.at(k) * scale};
 }
 
-RVG_HOST_DEVICE inline double fold_bias(const FoldProblem& prob, int64_t k) {
-  double sum = 0.0;
-  for (int i = 0; i < prob.n_branches; ++i) {
-    const FoldAffine affine = fold_affine(prob.branches[i].bn, k);
-    sum += prob.branches[i].bias.at_or(k, 0.0) * affine.scale + affine.shift;
-  }
-  const FoldAffine post = fold_affine(prob.post_bn, k);
-  return sum * post.scale + post.shift;
+// What a branch adds to the bias of channel k.
+RVG_HOST_DEVICE inline double fold_bias(const FoldBranch& branch, const FoldAffine& affine, int64_t k) {
+  return branch.bias.at_or(k, 0.0) * affine.scale + affine.shift;
 }
 
-// Tap t = 3 r + s of kernel (k, c). scales[i] is fold_affine(branches[i].bn, k).scale, post_scale that of post_bn.
-RVG_HOST_DEVICE inline double fold_weight(const FoldProblem& prob, const double* scales, double post_scale, int64_t k,
-                                          int64_t c, int t) {
-  constexpr int kCentre = 4;
-  double sum = 0.0;
-  for (int i = 0; i < prob.n_branches; ++i) {
-    const FoldBranch& branch = prob.branches[i];
-    if (branch.kind == FoldKind::kConv3x3) {
-      sum += branch.kernel.at((k * prob.C + c) * 9 + t) * scales[i];
-    } else if (t == kCentre) {
-      if (branch.kind == FoldKind::kConv1x1) sum += branch.kernel.at(k * prob.C + c) * scales[i];
-      // The identity of a grouped convolution: output k reads channel k of the input, which is k mod C in its group.
-      if (branch.kind == FoldKind::kIdentity && c == k % prob.C) sum += scales[i];
-    }
-  }
-  return sum * post_scale;
-}
+// The identity of a grouped convolution: output k reads channel k of the input, which is this one of its group's C.
+RVG_HOST_DEVICE inline int64_t fold_identity_channel(int64_t k, int64_t C) { return k % C; }
 
 }  // namespace repvgg

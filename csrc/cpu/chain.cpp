@@ -264,7 +264,7 @@ void blocked_launch(const ConvAlgo& algo, const ConvProblem& prob, const ConvArg
   const ChainLayer layer = {prob, &algo, args.packed, static_cast<const float*>(args.bias)};
   run_chain(&layer, 1,
             {static_cast<const float*>(args.x), static_cast<float*>(args.y), prob.layout, prob.layout, args.workspace,
-             args.threads, args.parallel_for});
+             args.device.threads, args.parallel_for});
 }
 
 }  // namespace repvgg::cpu

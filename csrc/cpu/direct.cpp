@@ -31,13 +31,13 @@ void for_panel(const ConvProblem& prob, const GroupBlocks& group, const float* w
 
 // ------------------------------------------------------------------------------------------------------------- direct
 
-void pack_direct(const ConvProblem& prob, const void* weight, void* packed, const ParallelFor& parallel_for) {
+void pack_direct(const ConvProblem& prob, const PackArgs& args) {
   const GroupBlocks group(prob);
   const int64_t lanes = target().lanes, width = group.width(), panel_floats = 9 * group.channels() * width;
-  parallel_for(prob.groups * group.panels, [&](int64_t task) {
-    float* out = static_cast<float*>(packed) + task * panel_floats;
+  args.parallel_for(prob.groups * group.panels, [&](int64_t task) {
+    float* out = static_cast<float*>(args.packed) + task * panel_floats;
     std::fill(out, out + panel_floats, 0.0f);
-    const float* w = static_cast<const float*>(weight) + task / group.panels * prob.group_K() * prob.group_C() * 9;
+    const float* w = static_cast<const float*>(args.weight) + task / group.panels * prob.group_K() * prob.group_C() * 9;
     for_panel(prob, group, w, task % group.panels, [&](int64_t c, int64_t tap, int64_t k, float value) {
       out[((c / lanes * 9 + tap) * lanes + c % lanes) * width + k] = value;
     });
@@ -96,13 +96,13 @@ int64_t stem_bytes(const ConvProblem& prob) {
   return 4 * 9 * group.panels * group.width() * prob.C;
 }
 
-void pack_stem(const ConvProblem& prob, const void* weight, void* packed, const ParallelFor& parallel_for) {
+void pack_stem(const ConvProblem& prob, const PackArgs& args) {
   const GroupBlocks group(prob);
   const int64_t width = group.width(), panel_floats = 9 * prob.C * width;
-  parallel_for(group.panels, [&](int64_t panel) {
-    float* out = static_cast<float*>(packed) + panel * panel_floats;
+  args.parallel_for(group.panels, [&](int64_t panel) {
+    float* out = static_cast<float*>(args.packed) + panel * panel_floats;
     std::fill(out, out + panel_floats, 0.0f);
-    for_panel(prob, group, static_cast<const float*>(weight), panel,
+    for_panel(prob, group, static_cast<const float*>(args.weight), panel,
               [&](int64_t c, int64_t tap, int64_t k, float value) { out[(c * 9 + tap) * width + k] = value; });
   });
 }
@@ -155,9 +155,13 @@ double stem_cost(const ConvProblem& prob, const Device&, bool packed) {
   return blocked_cost(prob, 1.6 * products(prob, 1), 0, stem_bytes(prob), packed);
 }
 
-int64_t direct_workspace(const ConvProblem& prob, int threads) { return blocked_workspace(kDirectAlgo, prob, threads); }
+int64_t direct_workspace(const ConvProblem& prob, const Device& device) {
+  return blocked_workspace(kDirectAlgo, prob, device.threads);
+}
 void launch_direct(const ConvProblem& prob, const ConvArgs& args) { blocked_launch(kDirectAlgo, prob, args); }
-int64_t stem_workspace(const ConvProblem& prob, int threads) { return blocked_workspace(kStemAlgo, prob, threads); }
+int64_t stem_workspace(const ConvProblem& prob, const Device& device) {
+  return blocked_workspace(kStemAlgo, prob, device.threads);
+}
 void launch_stem(const ConvProblem& prob, const ConvArgs& args) { blocked_launch(kStemAlgo, prob, args); }
 
 }  // namespace

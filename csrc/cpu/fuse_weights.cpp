@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The same sums as core/fold.h, element by element in the same order, but branch by branch over runs of taps: the type
-// of a branch is looked at once per run instead of once per element, and the compiler makes vectors of the loops.
+// Every weight is a sum over the branches in their order, in double. Summed branch by branch over runs of taps: the
+// type of a branch is looked at once per run instead of once per element, and the compiler makes vectors of the loops.
 #include "cpu/fuse_weights.h"
 
 #include <algorithm>
@@ -48,7 +48,7 @@ void fold_run(const FoldProblem& prob, const double* scales, double post_scale, 
   std::fill(sums, sums + n * 9, 0.0);
   for (int i = 0; i < prob.n_branches; ++i) {
     const FoldBranch& branch = prob.branches[i];
-    const int64_t c_identity = k % prob.C - c0;
+    const int64_t c_identity = fold_identity_channel(k, prob.C) - c0;
     switch (branch.kind) {
       case FoldKind::kConv3x3: add_scaled(branch.kernel, (k * prob.C + c0) * 9, n * 9, scales[i], sums, 1); break;
       case FoldKind::kConv1x1: add_scaled(branch.kernel, k * prob.C + c0, n, scales[i], sums + kCentre, 9); break;
@@ -65,12 +65,17 @@ void fold_run(const FoldProblem& prob, const double* scales, double post_scale, 
 void fuse_weights(const FoldProblem& prob, int64_t begin, int64_t end) {
   double scales[kMaxBranches];
   for (int64_t k = begin; k < end; ++k) {
-    for (int i = 0; i < prob.n_branches; ++i) scales[i] = fold_affine(prob.branches[i].bn, k).scale;
-    const double post_scale = fold_affine(prob.post_bn, k).scale;
-    for (int64_t c0 = 0; c0 < prob.C; c0 += kRunC) {
-      fold_run(prob, scales, post_scale, k, c0, std::min(kRunC, prob.C - c0));
+    double bias = 0.0;
+    for (int i = 0; i < prob.n_branches; ++i) {
+      const FoldAffine affine = fold_affine(prob.branches[i].bn, k);
+      scales[i] = affine.scale;
+      bias += fold_bias(prob.branches[i], affine, k);
     }
-    store_double(prob.bias, prob.bias_dtype, k, fold_bias(prob, k));
+    const FoldAffine post = fold_affine(prob.post_bn, k);
+    for (int64_t c0 = 0; c0 < prob.C; c0 += kRunC) {
+      fold_run(prob, scales, post.scale, k, c0, std::min(kRunC, prob.C - c0));
+    }
+    store_double(prob.bias, prob.bias_dtype, k, bias * post.scale + post.shift);
   }
 }
 

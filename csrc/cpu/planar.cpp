@@ -166,17 +166,18 @@ double cost(const ConvProblem& prob, const Device&, bool) {
   return kCallSeconds + values / (kPlanarProductsPerSecond * speed) + strided * bytes / kReorderBytesPerSecond;
 }
 
-int64_t workspace(const ConvProblem& prob, int threads) {
-  return Plan(prob, threads).thread_floats() * 4 * threads + kAlign;
+int64_t workspace(const ConvProblem& prob, const Device& device) {
+  return Plan(prob, device.threads).thread_floats() * 4 * device.threads + kAlign;
 }
 
 void launch(const ConvProblem& prob, const ConvArgs& args) {
-  const Plan plan(prob, args.threads);
+  const int threads = args.device.threads;
+  const Plan plan(prob, threads);
   const auto address = reinterpret_cast<uintptr_t>(args.workspace);
   auto* const base = reinterpret_cast<float*>((address + kAlign - 1) / kAlign * kAlign);
   const int64_t tasks = plan.tasks(prob);
-  args.parallel_for(args.threads, [&](int64_t thread) {
-    for (int64_t task = thread; task < tasks; task += args.threads) {
+  args.parallel_for(threads, [&](int64_t thread) {
+    for (int64_t task = thread; task < tasks; task += threads) {
       run_task(prob, plan, args, task, base + thread * plan.thread_floats());
     }
   });

@@ -251,14 +251,14 @@ int64_t packed_bytes(const ConvProblem& prob) {
 }
 
 template <WinogradScheme kScheme>
-void pack(const ConvProblem& prob, const void* weight, void* packed, const ParallelFor& parallel_for) {
+void pack(const ConvProblem& prob, const PackArgs& args) {
   const GroupBlocks group(prob);
   const int64_t points = scheme_of(kScheme).points(), group_floats = points * points * group.weights();
-  parallel_for(prob.groups * group.panels, [&](int64_t task) {
+  args.parallel_for(prob.groups * group.panels, [&](int64_t task) {
     const int64_t g = task / group.panels, panel = task % group.panels;
-    target().winograd[kScheme].weight({static_cast<const float*>(weight) + g * prob.group_K() * prob.group_C() * 9,
-                                       static_cast<float*>(packed) + g * group_floats, prob.group_C(), prob.group_K(),
-                                       group.vectors, panel, panel + 1});
+    target().winograd[kScheme].weight({static_cast<const float*>(args.weight) + g * prob.group_K() * prob.group_C() * 9,
+                                       static_cast<float*>(args.packed) + g * group_floats, prob.group_C(),
+                                       prob.group_K(), group.vectors, panel, panel + 1});
   });
 }
 
@@ -296,8 +296,8 @@ extern const ConvAlgo kWinograd2Algo, kWinograd4Algo, kWinograd6Algo, kPolyphase
 namespace {
 
 template <const ConvAlgo& kAlgo>
-int64_t workspace(const ConvProblem& prob, int threads) {
-  return blocked_workspace(kAlgo, prob, threads);
+int64_t workspace(const ConvProblem& prob, const Device& device) {
+  return blocked_workspace(kAlgo, prob, device.threads);
 }
 template <const ConvAlgo& kAlgo>
 void launch(const ConvProblem& prob, const ConvArgs& args) {

@@ -10,11 +10,18 @@ namespace repvgg::cuda {
 // In order of preference. F.conv2d ("aten", that is cuDNN) comes after the last row: it belongs to ops/.
 AlgoTable algos();
 
-// The predicted time of F.conv2d in seconds: no measurement, the larger of its byte and FLOP floors on a current GPU.
-// It is there to be compared with, not to be believed.
+// What the rows need to know of the GPU with this index. Throws std::runtime_error if it cannot be asked.
+Device device(int index);
+
+// Returns when what was launched on the stream has ended. Throws std::runtime_error if it failed.
+void wait_for_stream(void* stream);
+
+// The predicted time of F.conv2d in seconds, no measurement: of float32 the larger of its byte and FLOP floors on a
+// current GPU, of 16-bit types mma_plan.h's model of an implicit GEMM. It is there to be compared with.
 double aten_cost(const ConvProblem& prob, const Device& device);
 
-// Folds the block with one launch on `stream`. Throws std::runtime_error if the launch fails.
-void fuse_weights(const FoldProblem& prob, void* stream);
+// Folds n blocks on `stream`, with one launch for as many as a kernel's parameters describe (with CUDA 12.1 and later
+// 63 blocks of three branches). Throws std::runtime_error if a launch fails.
+void fuse_weights(const FoldProblem* problems, int n, void* stream);
 
 }  // namespace repvgg::cuda

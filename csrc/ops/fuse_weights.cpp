@@ -23,14 +23,46 @@ ScalarType scalar_type(DType dtype) {
   throw std::runtime_error("unknown dtype");
 }
 
-void fuse_weights_cuda(const FoldProblem& prob, const Tensor& weight) {
+// Folds on the device of `outputs`, each problem into its own.
+void fold(const std::vector<FoldProblem>& problems, const Tensor& output) {
+  if (!output.is_cuda()) {
+    for (const FoldProblem& prob : problems) {
+      const int64_t grain = 1 + 32768 / (9 * prob.C);  // channels worth a thread
+      torch::stable::parallel_for(0, prob.K, grain,
+                                  [&](int64_t begin, int64_t end) { cpu::fuse_weights(prob, begin, end); });
+    }
+    return;
+  }
 #ifdef RVG_WITH_CUDA
-  const torch::stable::accelerator::DeviceGuard guard(weight.get_device_index());
-  cuda::fuse_weights(prob, current_stream(weight.get_device_index()));
+  const torch::stable::accelerator::DeviceGuard guard(output.get_device_index());
+  cuda::fuse_weights(problems.data(), static_cast<int>(problems.size()), current_stream(output.get_device_index()));
 #else
-  check(false, "fuse_weights: ", device_name(weight),
+  check(false, "fuse_weights: ", device_name(output),
         " tensors need CUDA kernels, which this build lacks: rebuild with REPVGG_CUDA_BUILD=cuda, or fuse on the CPU");
 #endif
+}
+
+// The outputs of a checked problem, which then points to them.
+std::tuple<Tensor, Tensor> allocate(FoldProblem& prob, const Tensor& like) {
+  const std::array<int64_t, 4> size{prob.K, prob.C, 3, 3};
+  Tensor weight = torch::stable::empty({size.data(), 4}, scalar_type(prob.weight_dtype), std::nullopt, like.device());
+  Tensor bias = torch::stable::empty({size.data(), 1}, scalar_type(prob.bias_dtype), std::nullopt, like.device());
+  prob.weight = weight.mutable_data_ptr();
+  prob.bias = bias.mutable_data_ptr();
+  return {weight, bias};
+}
+
+// Block `i` of a batch: the message of a block alone, with its number.
+FoldProblem make_numbered_problem(size_t i, std::vector<Tensor>& tensors, const std::vector<double>& bn_eps,
+                                  int64_t in_channels, int64_t out_channels, int64_t groups,
+                                  std::optional<ScalarType> dtype, std::optional<ScalarType> bias_dtype) {
+  try {
+    return make_fold_problem(tensors, bn_eps, in_channels, out_channels, groups, dtype, bias_dtype);
+  } catch (const std::runtime_error& error) {
+    const std::string message = error.what(), prefix = "fuse_weights: ";
+    fail("fuse_weights_batch: block ", i, ": ",
+         message.rfind(prefix, 0) == 0 ? message.substr(prefix.size()) : message);
+  }
 }
 
 }  // namespace
@@ -39,21 +71,54 @@ std::tuple<Tensor, Tensor> fuse_weights(std::vector<Tensor> tensors, const std::
                                         int64_t in_channels, int64_t out_channels, int64_t groups,
                                         std::optional<ScalarType> dtype, std::optional<ScalarType> bias_dtype) {
   FoldProblem prob = make_fold_problem(tensors, bn_eps, in_channels, out_channels, groups, dtype, bias_dtype);
-  const std::array<int64_t, 4> size{prob.K, prob.C, 3, 3};
-  const auto device = tensors.front().device();
-  Tensor weight = torch::stable::empty({size.data(), 4}, scalar_type(prob.weight_dtype), std::nullopt, device);
-  Tensor bias = torch::stable::empty({size.data(), 1}, scalar_type(prob.bias_dtype), std::nullopt, device);
-  prob.weight = weight.mutable_data_ptr();
-  prob.bias = bias.mutable_data_ptr();
+  const std::tuple<Tensor, Tensor> outputs = allocate(prob, tensors.front());
+  fold({prob}, tensors.front());
+  return outputs;
+}
 
-  if (weight.is_cuda()) {
-    fuse_weights_cuda(prob, weight);
-  } else {
-    const int64_t grain = 1 + 32768 / (9 * prob.C);  // channels worth a thread
-    torch::stable::parallel_for(0, prob.K, grain,
-                                [&](int64_t begin, int64_t end) { cpu::fuse_weights(prob, begin, end); });
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> fuse_weights_batch(
+    const std::vector<Tensor>& tensors, const std::vector<int64_t>& tensors_per_block,
+    const std::vector<double>& bn_eps, const std::vector<int64_t>& in_channels,
+    const std::vector<int64_t>& out_channels, const std::vector<int64_t>& groups, std::optional<ScalarType> dtype,
+    std::optional<ScalarType> bias_dtype) {
+  const size_t n = tensors_per_block.size();
+  int64_t count_tensors = 0, count_eps = 0;
+  for (const int64_t count : tensors_per_block) {
+    check(count >= 1, "fuse_weights_batch: tensors_per_block must be at least 1, got ", count);
+    count_tensors += count;
+    count_eps += fold_batchnorms(count);
   }
-  return {weight, bias};
+  const auto check_size = [](const char* name, size_t got, int64_t expected) {
+    check(static_cast<int64_t>(got) == expected, "fuse_weights_batch: ", name, " must have ", expected,
+          " entries for these tensors_per_block, got ", got);
+  };
+  check_size("tensors", tensors.size(), count_tensors);
+  check_size("bn_eps", bn_eps.size(), count_eps);
+  check_size("in_channels", in_channels.size(), static_cast<int64_t>(n));
+  check_size("out_channels", out_channels.size(), static_cast<int64_t>(n));
+  check_size("groups", groups.size(), static_cast<int64_t>(n));
+
+  std::vector<FoldProblem> problems;
+  std::vector<std::vector<Tensor>> inputs;  // kept: they may be contiguous copies
+  std::tuple<std::vector<Tensor>, std::vector<Tensor>> outputs;
+  auto tensor = tensors.begin();
+  auto eps = bn_eps.begin();
+  for (size_t i = 0; i < n; ++i) {
+    inputs.emplace_back(tensor, tensor + tensors_per_block[i]);
+    const std::vector<double> block_eps(eps, eps + fold_batchnorms(tensors_per_block[i]));
+    tensor += tensors_per_block[i];
+    eps += fold_batchnorms(tensors_per_block[i]);
+    problems.push_back(make_numbered_problem(i, inputs.back(), block_eps, in_channels[i], out_channels[i], groups[i],
+                                             dtype, bias_dtype));
+    check(same_device(inputs.back().front(), tensors.front()), "fuse_weights_batch: block ", i,
+          " must be on the device of block 0 (", device_name(tensors.front()), "), got ",
+          device_name(inputs.back().front()), "; fuse it in a call of its own");
+    auto [weight, bias] = allocate(problems.back(), tensors.front());
+    std::get<0>(outputs).push_back(std::move(weight));
+    std::get<1>(outputs).push_back(std::move(bias));
+  }
+  if (n > 0) fold(problems, tensors.front());
+  return outputs;
 }
 
 }  // namespace repvgg::ops

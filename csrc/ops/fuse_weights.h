@@ -13,4 +13,11 @@ std::tuple<Tensor, Tensor> fuse_weights(std::vector<Tensor> tensors, const std::
                                         int64_t in_channels, int64_t out_channels, int64_t groups,
                                         std::optional<ScalarType> dtype, std::optional<ScalarType> bias_dtype);
 
+// Many blocks with one launch; the lists of their arguments one after another.
+std::tuple<std::vector<Tensor>, std::vector<Tensor>> fuse_weights_batch(
+    const std::vector<Tensor>& tensors, const std::vector<int64_t>& tensors_per_block,
+    const std::vector<double>& bn_eps, const std::vector<int64_t>& in_channels,
+    const std::vector<int64_t>& out_channels, const std::vector<int64_t>& groups, std::optional<ScalarType> dtype,
+    std::optional<ScalarType> bias_dtype);
+
 }  // namespace repvgg::ops

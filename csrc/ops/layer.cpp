@@ -43,6 +43,12 @@ Tensor aten_conv3x3(const Tensor& x, const Tensor& weight, const std::optional<T
   return y;
 }
 
+// CUDA rows copy 16 bytes at a time. A tensor begins at such an address unless it is a slice of another.
+Tensor aligned(const Tensor& x) {
+  constexpr uintptr_t kAlign = 16;
+  return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % kAlign == 0 ? x : torch::stable::clone(x);
+}
+
 std::string available(const AlgoTable& table) {
   std::string names;
   for (int i = 0; i < table.size; ++i) names += std::string(table.rows[i]->name) + ", ";
@@ -61,10 +67,14 @@ AlgoTable algos_for(const std::string& device_type) {
 
 const char* device_type(const Tensor& tensor) { return tensor.is_cuda() ? "cuda" : "cpu"; }
 
-Device device_of(const Tensor& tensor) {
-  const int threads = tensor.is_cuda() ? 1 : static_cast<int>(torch::stable::get_num_threads());
-  return {true, tensor.get_device_index(), threads};
+Device device_at(const std::string& device_type, int index) {
+#ifdef RVG_WITH_CUDA
+  if (device_type == "cuda") return cuda::device(index);
+#endif
+  return {true, index, device_type == "cpu" ? static_cast<int>(torch::stable::get_num_threads()) : 1};
 }
+
+Device device_of(const Tensor& tensor) { return device_at(device_type(tensor), tensor.get_device_index()); }
 
 const ConvAlgo* named_algo(const Where& where, const AlgoTable& table, const ConvProblem& prob, const Device& device,
                            const std::string& algorithm, const std::string& device_type) {
@@ -113,20 +123,24 @@ void parallel_for(int64_t n, const std::function<void(int64_t)>& f) {
   });
 }
 
-Tensor run_layer(const Layer& layer, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const auto& [prob, algo, payload] = layer;
-  if (algo == nullptr) return aten_conv3x3(x, weight, bias, prob);
-  Tensor y = empty_output(prob, x);
-  if (prob.N == 0) return y;
+Tensor run_layer(const Layer& layer, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                 bool any_layout) {
+  const auto& [asked, algo, payload] = layer;
+  if (algo == nullptr) return aten_conv3x3(x, weight, bias, asked);
+  ConvProblem prob = asked, output = asked;
+  if (algo->layout == RowLayout::kNHWC) prob.layout = Layout::kNHWC;
+  if (algo->layout != RowLayout::kAsProblem) output.layout = Layout::kNHWC;
+  if (prob.N == 0) return empty_output(any_layout ? output : asked, x);
+  Tensor y = empty_output(output, x);
 
   // The dense copies live until the launch is queued; torch's allocator orders their memory on the same stream.
-  const Tensor x_dense = dense(x, prob.layout);
+  const Tensor x_dense = x.is_cuda() ? aligned(dense(x, prob.layout)) : dense(x, prob.layout);
   std::optional<Tensor> weight_dense, bias_dense, cuda_workspace;
   if (payload == nullptr) weight_dense = dense(weight);
   if (bias) bias_dense = dense(*bias);
   const Device device = device_of(x);
   const int64_t pack_bytes = round_up(layer.bytes_to_pack(), kCacheLine);
-  const int64_t bytes = pack_bytes + algo->workspace(prob, device.threads);
+  const int64_t bytes = pack_bytes + algo->workspace(prob, device);
   const Scratch scratch(x.is_cuda() ? 0 : bytes);
   char* workspace = scratch.data();
   if (x.is_cuda() && bytes > 0) {
@@ -134,11 +148,13 @@ Tensor run_layer(const Layer& layer, const Tensor& x, const Tensor& weight, cons
     workspace = static_cast<char*>(cuda_workspace->mutable_data_ptr());
   }
   const void* const weight_data = weight_dense ? weight_dense->const_data_ptr() : nullptr;
-  if (pack_bytes > 0) algo->pack(prob, weight_data, workspace, parallel_for);
+  void* const stream = x.is_cuda() ? current_stream(device.index) : nullptr;
+  if (pack_bytes > 0) algo->pack(prob, {weight_data, workspace, stream, parallel_for});
+  const DType bias_dtype = bias ? *float_dtype(bias->scalar_type()) : prob.dtype;
   algo->launch(prob, {x_dense.const_data_ptr(), weight_data, pack_bytes > 0 ? workspace : payload,
-                      bias_dense ? bias_dense->const_data_ptr() : nullptr, y.mutable_data_ptr(), workspace + pack_bytes,
-                      x.is_cuda() ? current_stream(device.index) : nullptr, device.threads, parallel_for});
-  return y;
+                      bias_dense ? bias_dense->const_data_ptr() : nullptr, bias_dtype, y.mutable_data_ptr(),
+                      workspace + pack_bytes, stream, device, parallel_for, /*just_packed=*/pack_bytes > 0});
+  return any_layout ? y : dense(y, asked.layout);
 }
 
 }  // namespace repvgg::ops

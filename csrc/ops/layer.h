@@ -13,6 +13,8 @@ namespace repvgg::ops {
 AlgoTable algos_for(const std::string& device_type);
 
 const char* device_type(const Tensor& tensor);  // "cpu" or "cuda"
+// What the rows need to know of a device at hand.
+Device device_at(const std::string& device_type, int index);
 Device device_of(const Tensor& tensor);
 
 // The named row, nullptr for "aten". Throws std::runtime_error if it is unknown or refuses.
@@ -32,8 +34,9 @@ struct Layer {
 Layer choose_layer(const Where& where, const ConvProblem& prob, const Tensor& weight,
                    const std::optional<Tensor>& packed, const std::string& algorithm);
 
-// x [N, C, H, W] -> [N, K, P, Q] in the layout of the problem.
-Tensor run_layer(const Layer& layer, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
+// x [N, C, H, W] -> [N, K, P, Q] in the layout of the problem, or, with `any_layout`, in the one that the row writes.
+Tensor run_layer(const Layer& layer, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                 bool any_layout = false);
 
 Tensor empty_output(const ConvProblem& prob, const Tensor& x);
 

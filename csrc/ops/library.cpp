@@ -21,6 +21,10 @@ STABLE_TORCH_LIBRARY(repvgg_cuda, m) {
       "fuse_weights(Tensor[] tensors, float[] bn_eps, int in_channels, int out_channels, int groups, ScalarType? "
       "dtype, "
       "ScalarType? bias_dtype) -> (Tensor weight, Tensor bias)");
+  m.def(
+      "fuse_weights_batch(Tensor[] tensors, int[] tensors_per_block, float[] bn_eps, int[] in_channels, "
+      "int[] out_channels, int[] groups, ScalarType? dtype, ScalarType? bias_dtype) -> (Tensor[] weights, "
+      "Tensor[] biases)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(repvgg_cuda, CPU, m) {
@@ -28,6 +32,7 @@ STABLE_TORCH_LIBRARY_IMPL(repvgg_cuda, CPU, m) {
   m.impl("prepack", TORCH_BOX(&repvgg::ops::prepack));
   m.impl("conv3x3_chain", TORCH_BOX(&repvgg::ops::conv3x3_chain));
   m.impl("fuse_weights", TORCH_BOX(&repvgg::ops::fuse_weights));
+  m.impl("fuse_weights_batch", TORCH_BOX(&repvgg::ops::fuse_weights_batch));
 }
 
 // Without CUDA kernels in the build the CUDA key still runs F.conv2d, and refuses the rest with a remedy.
@@ -36,4 +41,5 @@ STABLE_TORCH_LIBRARY_IMPL(repvgg_cuda, CUDA, m) {
   m.impl("prepack", TORCH_BOX(&repvgg::ops::prepack));
   m.impl("conv3x3_chain", TORCH_BOX(&repvgg::ops::conv3x3_chain));
   m.impl("fuse_weights", TORCH_BOX(&repvgg::ops::fuse_weights));
+  m.impl("fuse_weights_batch", TORCH_BOX(&repvgg::ops::fuse_weights_batch));
 }

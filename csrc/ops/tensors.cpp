@@ -279,6 +279,11 @@ DType output_dtype(std::optional<ScalarType> dtype, ScalarType fallback) {
 
 }  // namespace
 
+int64_t fold_batchnorms(int64_t tensors) {
+  constexpr int64_t kPerBranch = kTensorsPerBranch;
+  return tensors / kPerBranch + (tensors % kPerBranch != 0 ? 1 : 0);
+}
+
 FoldProblem make_fold_problem(std::vector<Tensor>& tensors, const std::vector<double>& bn_eps, int64_t in_channels,
                               int64_t out_channels, int64_t groups, std::optional<ScalarType> dtype,
                               std::optional<ScalarType> bias_dtype) {

@@ -64,6 +64,9 @@ ConvProblem next_problem(const Where& where, const ConvProblem& before, const Te
 ConvProblem make_problem(const Where& where, const std::vector<int64_t>& input_size, const Tensor& weight,
                          int64_t stride, int64_t groups);
 
+// How many entries of bn_eps a block with so many tensors has: one per branch, one for a BatchNorm on the sum.
+int64_t fold_batchnorms(int64_t tensors);
+
 // The checked block. Its arrays point into `tensors`, each made contiguous in place; weight and bias are left null.
 FoldProblem make_fold_problem(std::vector<Tensor>& tensors, const std::vector<double>& bn_eps, int64_t in_channels,
                               int64_t out_channels, int64_t groups, std::optional<ScalarType> dtype,

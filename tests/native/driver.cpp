@@ -28,6 +28,8 @@ void fail(const std::string& what) {
   if (++failures <= 20) std::fprintf(stderr, "FAILED %s\n  in %s\n", what.c_str(), running);
 }
 
+repvgg::Device cpu(int threads) { return {true, -1, threads}; }
+
 void in_turn(int64_t n, const std::function<void(int64_t)>& f) {
   for (int64_t i = 0; i < n; ++i) f(i);
 }
@@ -82,7 +84,7 @@ struct Tensors {
     fill_random(weight, 2, 1.0f / std::sqrt(static_cast<float>(test.prob.group_C())));
     fill_random(bias, 3, 1);
     packed.fill(kNaN);
-    if (packed.bytes() > 0) algo.pack(test.prob, weight.data(), packed.data(), in_turn);
+    if (packed.bytes() > 0) algo.pack(test.prob, {weight.data(), packed.data(), nullptr, in_turn});
   }
 
   const float* bias_or_null() const { return has_bias ? bias.floats() : nullptr; }
@@ -90,8 +92,9 @@ struct Tensors {
 
 void launch(const ConvAlgo& algo, const ConvProblem& prob, const Tensors& in, const Guarded& y,
             const Guarded& workspace, int threads, const ParallelFor& parallel_for) {
-  algo.launch(prob, {in.x.data(), in.weight.data(), in.packed.bytes() > 0 ? in.packed.data() : nullptr,
-                     in.bias_or_null(), y.data(), workspace.data(), nullptr, threads, parallel_for});
+  algo.launch(prob,
+              {in.x.data(), in.weight.data(), in.packed.bytes() > 0 ? in.packed.data() : nullptr, in.bias_or_null(),
+               repvgg::DType::kFloat32, y.data(), workspace.data(), nullptr, cpu(threads), parallel_for});
 }
 
 std::string element(const ConvProblem& prob, int64_t i) {
@@ -150,7 +153,7 @@ void check_row(const Case& test, const ConvAlgo& algo, Guard guard) {
   const Guarded first("y", y_bytes(prob), 4, guard), y("y", y_bytes(prob), 4, guard);
   for (int threads = 1; threads <= 3; ++threads) {
     for (const float& poison : kPoison) {
-      const Guarded workspace("workspace", algo.workspace(prob, threads), 64, guard);
+      const Guarded workspace("workspace", algo.workspace(prob, cpu(threads)), 64, guard);
       const Guarded& out = threads == 1 && &poison == kPoison ? first : y;
       workspace.fill(poison);
       out.fill(poison);
@@ -166,7 +169,7 @@ void check_row(const Case& test, const ConvAlgo& algo, Guard guard) {
     if (!same_bits(*a, *b)) fail("an input was written to");
   }
   check_numbers(test, algo, in, first);
-  const Guarded workspace("workspace", algo.workspace(prob, 1), 64, guard);
+  const Guarded workspace("workspace", algo.workspace(prob, cpu(1)), 64, guard);
   check_reach(test, algo, in, y, workspace);
 }
 
@@ -177,7 +180,7 @@ void check_concurrent(const Case& test, const ConvAlgo& algo) {
   std::vector<std::unique_ptr<Guarded>> y, workspace;
   for (int i = 0; i < 4; ++i) {
     y.push_back(std::make_unique<Guarded>("y", y_bytes(test.prob), 4, Guard::kAfter));
-    workspace.push_back(std::make_unique<Guarded>("workspace", algo.workspace(test.prob, 2), 64, Guard::kAfter));
+    workspace.push_back(std::make_unique<Guarded>("workspace", algo.workspace(test.prob, cpu(2)), 64, Guard::kAfter));
     workspace.back()->fill(kNaN);
   }
   in_threads(4, [&](int64_t i) {
@@ -250,7 +253,7 @@ std::vector<float> run_layers(const std::vector<Case>& tests, const std::vector<
   for (size_t i = 0; i < tests.size(); ++i) {
     std::copy(x.begin(), x.end(), in[i]->x.floats());
     const Guarded y("y of a layer", y_bytes(tests[i].prob), 4, Guard::kAfter);
-    const Guarded workspace("workspace of a layer", algos[i]->workspace(tests[i].prob, 1), 64, Guard::kAfter);
+    const Guarded workspace("workspace of a layer", algos[i]->workspace(tests[i].prob, cpu(1)), 64, Guard::kAfter);
     workspace.fill(kNaN);
     launch(*algos[i], tests[i].prob, *in[i], y, workspace, 1, in_turn);
     x.assign(y.floats(), y.floats() + y.count());

@@ -25,7 +25,7 @@ struct LiveBuffer {
   size_t bytes;
   const char *begin, *end;  // with the forbidden pages
 };
-inline LiveBuffer live[64] = {};
+inline LiveBuffer live[4096] = {};
 
 inline void report_segfault(int, siginfo_t* info, void*) {
   const auto* address = static_cast<const char*>(info->si_addr);
