@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from repvgg_cuda import deploy, testing
-from repvgg_cuda.suites import randomise_
+from repvgg_cuda.networks import randomise_
 from repvgg_cuda.verification import NETWORK_FACTOR
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
