@@ -6,13 +6,20 @@ PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --quiet
 SOURCES := setup.py $(wildcard csrc/*/*)
 
-.PHONY: demo test lint format cuda-build cuda-objects static-baseline clean
+OUT    ?= gpu-check
+
+.PHONY: demo test gpu-check lint format cuda-build cuda-objects static-baseline clean
 
 demo: $(VENV)/.built
 	$(PY) -m repvgg_cuda demo
 
 test: $(VENV)/.built
 	$(PY) -m pytest
+
+# On a machine with an NVIDIA GPU and nvcc, in 8 minutes: what the CUDA kernels are worth there. docs/gpu-check.md
+gpu-check: export TORCH_CUDA_ARCH_LIST = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -u)
+gpu-check: $(VENV)/.built
+	$(PY) -m repvgg_cuda gpu-check --out $(OUT)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -92,8 +92,8 @@ def network_of(model: str, layers: Layers) -> Network:
         sum(count for _, count in layers),
         sum(count for layer, count in layers if layer.own is None),
         total(lambda layer: layer.floor_us),
-        total(lambda layer: layer.own.us if layer.own else layer.eager_us),
-        total(lambda layer: layer.own.us if layer.own and layer.own.chosen else layer.eager_us),
+        total(lambda layer: layer.ours_us),
+        total(lambda layer: layer.auto_us),
         total(lambda layer: layer.fused.us),
         total(lambda layer: layer.compiled_us),
         total(lambda layer: layer.eager_us),
@@ -129,7 +129,7 @@ def layer_cells(layer: Prediction, count: int) -> tuple[str, ...]:
         tile = f"{own.plan.tile_k}x{own.plan.tile_p}x{own.plan.tile_q}"
         tile += f", {own.plan.images} images" if own.plan.images > 1 else ""
         tile += f", split {own.plan.split}" if own.plan.split > 1 else ""
-        row = own.algorithm + ("" if own.chosen else " (auto: aten)")
+        row = own.algorithm + ("" if own.chosen else ", if named")
         plan = (row, tile, str(own.plan.blocks), str(own.resident), str(own.waves))
         plan += (f"{layer.floor_us:.1f}", f"{own.us:.1f}", own.bound)
     rivals = (f"{us:.1f}" for us in (layer.fused.us, layer.compiled_us, layer.eager_us))
@@ -178,7 +178,7 @@ def as_csv(layers: Sequence[tuple[str, Prediction, int]]) -> str:
             ours = (
                 own.algorithm, own.chosen, plan.blocks, plan.threads, plan.shared_bytes, plan.tile_k, plan.tile_p,
                 plan.tile_q, plan.images, plan.split, own.resident, own.waves, round(own.us, 3), own.bound,
-                round(own.estimate_us, 3),
+                "" if own.estimate_us is None else round(own.estimate_us, 3),
             )  # fmt: skip
         times = (round(us, 3) for us in (layer.fused.us, layer.compiled_us, layer.eager_us))
         shape = (*case.x_size, case.K, case.stride, case.groups)
@@ -326,8 +326,9 @@ def document() -> str:
         lines += summary(mode, [network for network in found if network.mode.name == mode])
     lines += ["## Layer by layer", ""]
     lines.append(
-        "Times in microseconds. tile: output channels x rows x columns of a block; per SM: how many blocks a "
-        "multiprocessor holds; `--csv` has every network, GPU and dtype."
+        "Times in microseconds. row: ours, or aten where each of ours refuses; 'if named' where `auto` takes another. "
+        "tile: output channels x rows x columns of a block; per SM: how many blocks a multiprocessor holds. `--csv` "
+        "writes every network, GPU and dtype."
     )
     lines.append("")
     for gpu in LAYER_GPUS:

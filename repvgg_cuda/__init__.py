@@ -9,7 +9,17 @@ from repvgg_cuda.convert import reparameterize
 from repvgg_cuda.deployment import deploy
 from repvgg_cuda.models import create_model, model_names
 from repvgg_cuda.modules import RepConv3x3, RepVGGBlock
-from repvgg_cuda.ops import ChainLayer, algorithms, conv3x3, conv3x3_chain, explain, fuse_weights, prepack, refusal
+from repvgg_cuda.ops import (
+    ChainLayer,
+    algorithms,
+    conv3x3,
+    conv3x3_chain,
+    explain,
+    fuse_weights,
+    fuse_weights_batch,
+    prepack,
+    refusal,
+)
 from repvgg_cuda.preparation import prepare
 from repvgg_cuda.report import Report
 from repvgg_cuda.state_dict import fuse_state_dict
@@ -36,6 +46,7 @@ __all__ = [
     "explain",
     "fuse_state_dict",
     "fuse_weights",
+    "fuse_weights_batch",
     "has_cuda_kernels",
     "model_names",
     "prepack",

@@ -31,7 +31,8 @@ LAUNCH_US = 2.2
 #: 600 cycles, and the barriers. Every further wave overlaps but for a part. Assumptions.
 FILL_CYCLES, WAVE_CYCLES = 1500, 200
 
-#: What a sum that is shared by several blocks adds: the last one waits for a counter and reads the others' parts.
+#: What a sum that is shared by several blocks adds to a kernel: the last one waits for a counter and reads the others'
+#: parts. An assumption. Ours take a launch more for it, to clear the counters or to add the parts.
 SPLIT_CYCLES = 600
 
 #: How much faster than memory the last cache is for what one kernel leaves there for the next. An assumption; A100's
@@ -103,8 +104,8 @@ class Rival:
 class Own:
     """This library's fastest row for the layer.
 
-    ``chosen``: "auto" takes it, else F.conv2d. ``estimate_us``: what "auto" goes by, the row's own cost. ``bound``:
-    which pipe the model says is the slowest.
+    ``chosen``: "auto" takes it, else another row. ``estimate_us``: what "auto" goes by, the row's own cost; None where
+    it only runs if named. ``bound``: which pipe the model says is the slowest.
     """
 
     algorithm: str
@@ -114,7 +115,7 @@ class Own:
     waves: int
     us: float
     bound: str
-    estimate_us: float
+    estimate_us: float | None
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class Prediction:
 
     ``flop_us`` and ``byte_us``: the least time for a direct convolution's products, and for moving input, weights and
     output once each. ``compiled_us`` and ``eager_us``: the rival with one and with two more kernels, which
-    torch.compile and eager PyTorch launch for bias and ReLU.
+    torch.compile and eager PyTorch launch for bias and ReLU. ``auto_us``: what "auto" takes, which is exact in float32.
     """
 
     gpu: Gpu
@@ -135,6 +136,12 @@ class Prediction:
     fused: Rival
     compiled_us: float
     eager_us: float
+    auto_us: float
+
+    @property
+    def ours_us(self) -> float:
+        """Our row, or F.conv2d and a ReLU where each refuses."""
+        return self.eager_us if self.own is None else self.own.us
 
     @property
     def floor_us(self) -> float:
@@ -147,16 +154,19 @@ def predict(gpu: Gpu, case: Case, mode: Mode) -> Prediction | None:
         return None
     fused = min(rivals(gpu, case, mode), key=lambda rival: rival.us)
     pointwise = _pointwise_us(gpu, case, mode)
+    ours = own(gpu, case, mode)
+    taken = own(gpu, case, MODES["fp32"]) if mode.name == "tf32" else ours
     return Prediction(
         gpu,
         case,
         mode,
         case.flops / mode.peak(gpu) / 1e6,
         _moved_bytes(case, mode) / gpu.gb_per_s / 1e3,
-        own(gpu, case, mode),
+        ours,
         fused,
         fused.us + pointwise,
         fused.us + 2 * pointwise,
+        taken.us if taken is not None and taken.chosen else fused.us + 2 * pointwise,
     )
 
 
@@ -198,7 +208,8 @@ def own(gpu: Gpu, case: Case, mode: Mode) -> Own | None:
     plan = LaunchPlan(**_ext.module.launch_plan(algorithm, gpu.capability, gpu.multiprocessors, *problem))
     us, bound = plan_us(gpu, case, mode, plan)
     waves = plan.waves(gpu.capability, gpu.multiprocessors)
-    return Own(algorithm, chosen, plan, plan.resident(gpu.capability), waves, us, bound, seconds * 1e6)
+    estimate_us = None if math.isinf(seconds) else seconds * 1e6
+    return Own(algorithm, chosen, plan, plan.resident(gpu.capability), waves, us, bound, estimate_us)
 
 
 def plan_us(gpu: Gpu, case: Case, mode: Mode, plan: LaunchPlan) -> tuple[float, str]:
@@ -223,7 +234,7 @@ def plan_us(gpu: Gpu, case: Case, mode: Mode, plan: LaunchPlan) -> tuple[float, 
         us, bound = byte_us, "memory"
     elif FILL_CYCLES > busy / 2:
         bound = "latency"
-    return us + LAUNCH_US, bound
+    return us + LAUNCH_US * (2 if plan.split > 1 else 1), bound
 
 
 def _halo(outputs: int, case: Case) -> int:

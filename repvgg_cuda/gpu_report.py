@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The report of ``gpu-check`` as Markdown, and as one page of HTML with pictures: made from the JSON alone."""
+"""The report of ``gpu-check`` as Markdown, and what its page of pictures is drawn from: made from the JSON alone."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from repvgg_cuda import environment
 from repvgg_cuda.baselines import CHANNELS_LAST, CUDA_GRAPH, CUDNN_BENCHMARK
 from repvgg_cuda.ceilings import Ceilings
 from repvgg_cuda.comparison import AGAIN, Row
+from repvgg_cuda.gpu_model import MODES
 from repvgg_cuda.networks import OWN_PREFIX
 from repvgg_cuda.records import Run
 from repvgg_cuda.tables import duration
@@ -191,32 +192,29 @@ def measured(cases: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield from table(("mode", "case", "row", "", "why"), bad)
 
 
-#: What the model predicts, and the rows that it is about: it assumes launches from a graph.
+#: What the model predicts of PyTorch's ways, and how the names of the rows begin that it is about.
 PREDICTIONS = (
-    ("ours_us", OWN_PREFIX, True),
-    ("fused_us", "cudnn_convolution_relu", False),
-    ("compiled_us", "torch.compile", False),
-    ("eager_us", "fused F.conv2d", False),
+    ("fused_us", "cudnn_convolution_relu"),
+    ("compiled_us", "torch.compile"),
+    ("eager_us", "fused F.conv2d"),
 )
 
 
 def calibration(cases: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """The model's predictions beside the measurements, as measured / predicted."""
+    """The model's predictions beside the measurements, as measured / predicted. It assumes launches from a graph."""
     rows = []
     for case in cases:
         predicted = case["predicted"]
         if predicted is None:
             continue
-        cells = []
-        for key, begins, own in PREDICTIONS:
-            row = fastest(case, begins, graph=True, own=own)
-            if row is None:
-                cells.append(f"{predicted[key]:.1f} / -")
-                continue
-            took = row["median_us"]
-            cells.append(f"{predicted[key]:.1f} / {took:.1f} = {took / predicted[key]:.2f}x")
-        estimate = f"{predicted['estimate_us']:.1f}" if predicted["algorithms"] else ""
-        rows.append((case["mode"], case["case"], f"{predicted['floor_us']:.1f}", *cells, estimate))
+        if predicted["plan"] is not None:  # one layer: the row that the model speaks of
+            name, key = predicted["algorithms"][0], "ours_us"
+        else:
+            name, key = "prepared", "auto_us"
+        cells = [compared(predicted[key], fastest(case, OWN_PREFIX + name, graph=True, own=True))]
+        cells += [compared(predicted[key], fastest(case, begins, graph=True)) for key, begins in PREDICTIONS]
+        estimate = f"{predicted['estimate_us']:.1f}" if predicted["estimate_us"] else ""
+        rows.append((case["mode"], case["case"], f"{predicted['floor_us']:.1f}", name, *cells, estimate))
     if rows:
         yield "## The model beside the measurement"
         yield ""
@@ -225,8 +223,14 @@ def calibration(cases: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             "(`docs/gpu-model.md`). The last column is what `auto` goes by."
         )
         yield ""
-        columns = ("mode", "case", "floor", "ours", "cuDNN fused", "compiled", "eager", "auto's estimate")
+        columns = ("mode", "case", "floor", "ours", "", "cuDNN fused", "compiled", "eager", "auto's estimate")
         yield from table(columns, rows)
+
+
+def compared(predicted: float, row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return f"{predicted:.1f} / -"
+    return f"{predicted:.1f} / {row['median_us']:.1f} = {row['median_us'] / predicted:.2f}x"
 
 
 def not_measured(parts: Mapping[str, Any]) -> Iterator[str]:
@@ -239,19 +243,24 @@ def not_measured(parts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def as_run(report: Report) -> Run | None:
-    """Everything that was measured as one record of the benchmark, for its page; None where nothing was."""
+    """What was measured in one precision as a record of the benchmark, for its page; None where nothing was.
+
+    float16 where there is any: it is what these kernels are for. A page of pictures is about one dtype.
+    """
     parts = report["results"].get("parts", {})
     record = parts.get("machine", {}).get("environment")
     cases = [case for name in ("layers", "networks") for case in parts.get(name, {}).get("cases", [])]
     if record is None or not cases:
         return None
-    rows = []
-    for case in cases:
-        for fields in case["rows"]:
-            named = f"{case['case']}, {case['mode']}"
-            rows.append(Row(**{**fields, "case": named, "samples_ns": tuple(fields["samples_ns"])}))
+    modes = [case["mode"] for case in cases]
+    mode = "fp16" if "fp16" in modes else modes[0]
+    rows = [
+        Row(**{**fields, "samples_ns": tuple(fields["samples_ns"])})
+        for case in cases
+        if case["mode"] == mode
+        for fields in case["rows"]
+    ]
     limits = parts["machine"].get("ceilings")
-    warnings = [NO_MEANING.strip("*")] if report["dry_run"] else []
-    return Run(
-        {"dtype": "float16"}, dict(record), None if limits is None else Ceilings.from_dict(limits), warnings, rows
-    )
+    options = {"dtype": str(MODES[mode].dtype).removeprefix("torch."), "rounds": max(row.rounds for row in rows)}
+    environment = {**record, "dry_run": report["dry_run"], "tf32": mode == "tf32"}
+    return Run(options, environment, None if limits is None else Ceilings.from_dict(limits), [], rows)

@@ -28,7 +28,9 @@ from repvgg_cuda.ops import algorithms, conv3x3, refusal
 #: Set to 1 it tells tests/test_cuda.py to run on stand-ins.
 DRY_RUN_VARIABLE = "REPVGG_CUDA_DRY_RUN"
 
-#: What is measured, in this order, as far as the time goes: (batch, mode of the performance model).
+#: What is measured, in this order, as far as the time goes: these layers before the others, each as (batch, mode of the
+#: performance model).
+FIRST_LAYERS = ("stem", "A0-stage2", "A0-stage3", "B1-stage3", "B1g4-stage3")
 LAYER_RUNS = (
     (1, "fp16"), (32, "fp16"), (32, "fp32"), (1, "fp32"), (32, "bf16"), (32, "tf32"), (1, "bf16"), (1, "tf32"),
 )  # fmt: skip
@@ -156,10 +158,13 @@ def _smoke_runs(case: testing.Case, x: torch.Tensor, device: torch.device) -> It
 def layers(part: Part) -> list[str]:
     """Every layer in every way; torch.compile, which takes seconds to build, is left to the networks."""
     jobs: list[tuple[str, Job]] = []
-    for batch, mode in DRY_LAYER_RUNS if part.dry_run else LAYER_RUNS:
-        for case in [DRY_LAYER] if part.dry_run else testing.REPVGG_LAYERS:
-            sized = dataclasses.replace(case, N=batch)
-            jobs.append((mode, Job(partial(_layer_case, sized), (sized,))))
+    first = [case for case in testing.REPVGG_LAYERS if case.name in FIRST_LAYERS]
+    rest = [case for case in testing.REPVGG_LAYERS if case.name not in FIRST_LAYERS]
+    for cases in [[DRY_LAYER]] if part.dry_run else [first, rest]:
+        for batch, mode in DRY_LAYER_RUNS if part.dry_run else LAYER_RUNS:
+            for case in cases:
+                sized = dataclasses.replace(case, N=batch)
+                jobs.append((mode, Job(partial(_layer_case, sized), (sized,))))
     return _measure(part, "layers", jobs)
 
 
@@ -212,6 +217,7 @@ def _measure(part: Part, suite: str, jobs: Sequence[tuple[str, Job]]) -> list[st
             rows = runner.run_case(suite, trimmed, setup, Plan(device.clock(), ROUNDS, repeat_first=True), limits)
         longest = max(longest, time.monotonic() - begin)
         predicted = None if known is None else predict(known, job.layers, mode)
+        torch.cuda.empty_cache()  # graphs had pools of their own
         entries.append(
             {
                 "suite": suite, "case": case.name, "mode": mode_name, "batch": case.batch,
@@ -253,9 +259,9 @@ def predict(gpu: gpus.Gpu, cases: Sequence[testing.Case], mode: gpu_model.Mode) 
     return {
         "gpu": gpu.name,
         "floor_us": sum(layer.floor_us for layer in present),
-        "ours_us": sum(layer.own.us if layer.own else layer.eager_us for layer in present),
-        "auto_us": sum(layer.own.us if layer.own and layer.own.chosen else layer.eager_us for layer in present),
-        "estimate_us": sum(row.estimate_us for row in own if row is not None),
+        "ours_us": sum(layer.ours_us for layer in present),
+        "auto_us": sum(layer.auto_us for layer in present),
+        "estimate_us": sum(row.estimate_us or 0.0 for row in own if row is not None),
         "aten": sum(row is None for row in own),
         "algorithms": sorted({row.algorithm for row in own if row is not None}),
         "plan": str(own[0].plan) if len(own) == 1 and own[0] is not None else None,

@@ -11,21 +11,22 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repvgg_cuda import baselines, checks, networks, reference, testing
-from repvgg_cuda.baselines import CHANNELS_LAST, THREE_BRANCHES, Baseline, Workload
+from repvgg_cuda.baselines import CHANNELS_LAST, CUDA_GRAPH, THREE_BRANCHES, Baseline, Workload
 from repvgg_cuda.branches import BatchNorm, Branch, Branches
 from repvgg_cuda.checks import Check, Truth, check_close
 from repvgg_cuda.comparison import Candidate, Work
 from repvgg_cuda.devices import CpuDevice, CudaDevice, Device, DryRunDevice
 from repvgg_cuda.modules import RepConv3x3
 from repvgg_cuda.networks import OWN_PREFIX
-from repvgg_cuda.ops import Activation, ChainLayer, algorithms, conv3x3, fuse_weights, refusal
+from repvgg_cuda.ops import Activation, ChainLayer, algorithms, conv3x3, fuse_weights, prepack, refusal
+from repvgg_cuda.timing import Run
 
 #: The (in_channels, out_channels, groups) of RepVGG blocks whose weights the fusion suite folds.
 FUSION_BLOCKS = ((48, 48, 1), (192, 192, 1), (512, 512, 4), (512, 512, 1), (512, 2048, 1))
@@ -169,7 +170,12 @@ class BlockCase:
             w = weight.contiguous(memory_format=memory_format)
             suffix = CHANNELS_LAST if memory_format == torch.channels_last else ""
             for algorithm in algorithms(x.device):
-                yield self._ours(algorithm, x, w, bias, suffix, self._known(truth, weight, bias, algorithm))
+                known = self._known(truth, weight, bias, algorithm)
+                ours = self._ours(algorithm, x, w, bias, suffix, known)
+                yield ours
+                if work.device.kind == "cuda" and algorithm != "aten":
+                    build = partial(self._captured, algorithm, x, weight, bias)
+                    yield dataclasses.replace(ours, name=ours.name + CUDA_GRAPH, run=None, build=build)
 
     def workload(self, weight: Tensor, bias: Tensor) -> Workload:
         """The fused block for the baselines, which get the very tensors that conv3x3 gets."""
@@ -215,6 +221,13 @@ class BlockCase:
             own=True,
             error=known.error,
         )
+
+    def _captured(self, algorithm: str, x: Tensor, weight: Tensor, bias: Tensor) -> Run:
+        """A row with packed weights as a CUDA graph: what a layer of a captured network costs."""
+        geometry: Any = {"stride": self.stride, "groups": self.branches.groups}
+        packed = prepack(weight, x.shape, **geometry, algorithm=algorithm)
+        run = partial(conv3x3, x, weight, bias, **geometry, activation=self.activation, packed=packed)
+        return self.setup.target.capture(run)
 
 
 def as_3x3_branches(branches: Branches) -> Branches:

@@ -8,7 +8,7 @@
 
 namespace repvgg::cuda {
 
-extern const ConvAlgo kConv3x3Mma, kConv3x3Direct, kConv3x3DirectSplit, kConv3x3MmaTF32Row;
+extern const ConvAlgo kConv3x3Mma, kConv3x3Stem, kConv3x3Direct, kConv3x3DirectSplit, kConv3x3MmaTF32Row;
 
 double aten_cost(const ConvProblem& prob, const Device& device) {
   if (prob.dtype == DType::kFloat16 || prob.dtype == DType::kBFloat16) {
@@ -29,8 +29,11 @@ Device device(int index) {
   return device;
 }
 
+void wait_for_stream(void* stream) { synchronize_stream(stream); }
+
 AlgoTable algos() {
-  static const ConvAlgo* const rows[] = {&kConv3x3Mma, &kConv3x3Direct, &kConv3x3DirectSplit, &kConv3x3MmaTF32Row};
+  static const ConvAlgo* const rows[] = {&kConv3x3Mma, &kConv3x3Stem, &kConv3x3Direct, &kConv3x3DirectSplit,
+                                         &kConv3x3MmaTF32Row};
   return {rows, static_cast<int>(sizeof rows / sizeof *rows), aten_cost};
 }
 

@@ -19,9 +19,10 @@
 #pragma once
 
 #include <climits>
+#include <utility>
 
-#include "core/epilogue.h"
 #include "cuda/device.cuh"
+#include "cuda/mma_output.h"
 #include "cuda/mma_tiles.h"
 
 namespace repvgg::cuda {
@@ -52,23 +53,6 @@ struct Conv3x3MmaTraits {
 
   // Rows of the halo that a warp's outputs need, two to a load.
   static constexpr int kPixelRows = (kRows - 1) * kStride + 3, kPixelLoads = (kPixelRows + 1) / 2;
-};
-
-// The problem in ints, so that the device divides no 64-bit numbers. conv3x3_mma.cu fills it.
-struct Conv3x3MmaParams {
-  const void* x;
-  const void* packed;
-  const void* bias;  // [K] or nullptr
-  void* y;
-  float* partial;  // the sums of split blocks; nullptr without a split
-  DType bias_dtype;
-  Activation activation;
-  int N, C, H, W, K, P, Q;
-  int groups, group_C, group_K;
-  int k_blocks;             // tiles of output channels in a group
-  int p_tiles, q_tiles;     // of an image; with kJoined q_tiles are those of the whole batch
-  int tiles;                // all of them: a block of the grid each, `split` blocks where sums are split
-  int split, split_chunks;  // blocks that share a sum, chunks that each of them takes
 };
 
 // Which outputs a block owns. Channel blocks vary fastest, then groups: blocks that run together share their pixels.
@@ -275,85 +259,21 @@ struct Conv3x3MmaConsumer {
 
 // ------------------------------------------------------------------------------------------------------------ epilogue
 
-// Writes finished sums. In a fragment a lane holds neighbouring pixels of a channel. A transposition in the warp gives
-// it neighbouring channels of a pixel: 4 of one fragment, 8 of a pair, thanks to the order of the packed channels.
 template <class T>
-struct Conv3x3MmaOutput {
-  static constexpr int kWords = T::kElementBytes;  // of 4 channels
+using Conv3x3MmaOutput = MmaOutput<T::kType, T::kTilesM>;
 
-  Conv3x3MmaWarp<T> warp;
-  float bias[T::kTilesM][2], floor;  // of rows lane / 4 and lane / 4 + 8 of each fragment
-  int first, fragments, channels;    // the block's first fragment; those of the group, its channels
-  int p0, P;
-  int64_t row_bytes;
-  char* y;  // the lane's pixel in row 0 of the image, first channel of the group; nullptr outside
-
-  __device__ __forceinline__ Conv3x3MmaOutput(const Conv3x3MmaParams& params, const Conv3x3MmaTile<T>& tile,
-                                              const Conv3x3MmaWarp<T>& warp)
-      : warp(warp), first(tile.k16), fragments((params.group_K + 15) / 16), channels(params.group_K), P(params.P) {
-    floor = params.activation == Activation::kRelu ? 0.0f : -INFINITY;
-#pragma unroll
-    for (int i = 0; i < T::kTilesM; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int k = channel(i, warp.lane / 4 + 8 * h);
-        const bool present = params.bias != nullptr && k < channels;
-        bias[i][h] = present ? load_float(params.bias, params.bias_dtype, tile.group * channels + k) : 0.0f;
-      }
-    }
-    const int v = warp.q * 8 + warp.lane / 4, n = tile.n + tile.image_of(v), q = tile.column_of(v);
-    p0 = tile.p0 + warp.p * T::kRows;
-    row_bytes = static_cast<int64_t>(params.Q) * params.K * T::kElementBytes;
-    const int64_t k = (static_cast<int64_t>(n) * P * params.Q + q) * params.K + tile.group * channels;
-    y = q < params.Q && n < params.N ? static_cast<char*>(params.y) + k * T::kElementBytes : nullptr;
-  }
-
-  // The channel of the group in row `row` of the warp's i-th fragment.
-  __device__ __forceinline__ int channel(int i, int row) const {
-    return packed_channel(first + warp.fragment(i), row, fragments);
-  }
-
-  // The warp's j-th row of pixels. All lanes call it: they transpose together.
-  __device__ __forceinline__ void store(int j, const float (&sum)[T::kTilesM][4]) const {
-#pragma unroll
-    for (int i = 0; i < T::kTilesM; i += 2) {
-      uint32_t words[2][kWords] = {};
-      finish(sum[i], bias[i], words[0]);
-      if (i + 1 < T::kTilesM) finish(sum[i + 1], bias[i + 1], words[1]);
-      const bool paired = i + 1 < T::kTilesM && first + warp.fragment(i) + 1 < fragments;
-      const int k = channel(i, 2 * (warp.lane % 4));  // the first of the lane's 4 or 8
-      if (y == nullptr || p0 + j >= P || k >= channels) continue;
-      char* const to = y + (p0 + j) * row_bytes + k * T::kElementBytes;
-      if constexpr (T::kElementBytes == 4) {
-        store_global_16(to, words[0][0], words[0][1], words[0][2], words[0][3]);
-        if (paired) store_global_16(to + 16, words[1][0], words[1][1], words[1][2], words[1][3]);
-      } else if (paired) {
-        store_global_16(to, words[0][0], words[0][1], words[1][0], words[1][1]);
-      } else {
-        store_global_8(to, words[0][0], words[0][1]);
-      }
-    }
-  }
-
- private:
-  // One fragment with bias and activation, rounded: 4 neighbouring channels of pixel lane / 4.
-  __device__ __forceinline__ void finish(const float (&sum)[4], const float (&b)[2], uint32_t (&words)[kWords]) const {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const Epilogue::Channel activate{b[h], floor};
-      const float low = activate(sum[2 * h]), high = activate(sum[2 * h + 1]);
-      if constexpr (T::kElementBytes == 2) {
-        words[h] = movmatrix_trans(pack_pair<T::kType>(low, high));
-      } else {  // 32 bits are transposed as two halves
-        const uint32_t a = float_bits(low), b = float_bits(high);
-        const uint32_t lower = movmatrix_trans((a & 0xFFFFu) | b << 16);
-        const uint32_t upper = movmatrix_trans(a >> 16 | (b & 0xFFFF0000u));
-        words[2 * h] = (lower & 0xFFFFu) | upper << 16;
-        words[2 * h + 1] = lower >> 16 | (upper & 0xFFFF0000u);
-      }
-    }
-  }
-};
+template <class T>
+__device__ __forceinline__ Conv3x3MmaOutput<T> conv3x3_mma_output(const Conv3x3MmaParams& params,
+                                                                  const Conv3x3MmaTile<T>& tile) {
+  const Conv3x3MmaWarp<T> warp;
+  const int v = warp.q * 8 + warp.lane / 4;
+  return {{params.y, params.bias, params.bias_dtype, params.activation, params.N, params.P, params.Q, params.K,
+           params.group_K, tile.group},
+          tile.n + tile.image_of(v),
+          tile.p0 + warp.p * T::kRows,
+          tile.column_of(v),
+          [&](int i) { return tile.k16 + warp.fragment(i); }};
+}
 
 // Where a split block leaves the sums of the thread's row j, fragment i.
 template <class T>
@@ -426,7 +346,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM) conv3x3_mma_kern
   }
 
   if (params.split == 1) {
-    const Conv3x3MmaOutput<T> output(params, Conv3x3MmaTile<T>(params, computed_again(index)), Conv3x3MmaWarp<T>());
+    const auto output = conv3x3_mma_output<T>(params, Conv3x3MmaTile<T>(params, computed_again(index)));
 #pragma unroll
     for (int j = 0; j < T::kRows; ++j) output.store(j, sum[j]);
     return;
@@ -447,11 +367,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM) conv3x3_mma_kern
 template <class T>
 __global__ void __launch_bounds__(T::kThreads) conv3x3_mma_sum_kernel(const Conv3x3MmaParams params) {
   const int index = static_cast<int>(blockIdx.x) / T::kRows, j = static_cast<int>(blockIdx.x) % T::kRows;
-  const Conv3x3MmaTile<T> tile(params, index);
-  const Conv3x3MmaWarp<T> warp;
-  const Conv3x3MmaOutput<T> output(params, tile, warp);
   wait_for_previous_kernel();  // the parts are complete
   let_next_kernel_start();
+  const auto output = conv3x3_mma_output<T>(params, Conv3x3MmaTile<T>(params, index));
   float sum[T::kTilesM][4] = {};
   for (int part = 0; part < params.split; ++part) {
 #pragma unroll
@@ -472,15 +390,6 @@ using Conv3x3MmaTraitsOf =
                      kMmaTiles[kIndex].warps_p, kMmaTiles[kIndex].warps_q, kMmaTiles[kIndex].stride,
                      kMmaTiles[kIndex].joined>;
 
-struct Conv3x3MmaEntry {
-  bool (*has_code)();
-  void (*launch)(const Conv3x3MmaParams&, bool overlap, void* stream);
-};
-
-// The kernels of one type, in the order of kMmaTiles; null where a tile is not compiled for it. Each type has a file of
-// its own, so that they are compiled side by side.
-extern const Conv3x3MmaEntry kConv3x3MmaFloat16[], kConv3x3MmaBFloat16[], kConv3x3MmaTF32[];
-
 template <MmaType kType, int kIndex>
 constexpr Conv3x3MmaEntry conv3x3_mma_entry() {
   constexpr MmaTile kTile = kMmaTiles[kIndex];
@@ -489,17 +398,23 @@ constexpr Conv3x3MmaEntry conv3x3_mma_entry() {
   } else {
     using T = Conv3x3MmaTraitsOf<kType, kIndex>;
     return {[] { return has_code(conv3x3_mma_kernel<T>); },
-            [](const Conv3x3MmaParams& params, bool overlap, void* stream) {
+            [](const Conv3x3MmaParams& params, bool overlap, bool overlap_sum, void* stream) {
               const auto tiles = static_cast<unsigned>(params.tiles);
               launch_kernel("conv3x3 mma", conv3x3_mma_kernel<T>,
                             {tiles * params.split, T::kThreads, T::kSharedBytes, overlap}, stream, params);
               if constexpr (kTile.split) {
                 if (params.split == 1) return;
                 launch_kernel("conv3x3 mma, sum of the parts", conv3x3_mma_sum_kernel<T>,
-                              {tiles * T::kRows, T::kThreads, 0, overlap}, stream, params);
+                              {tiles * T::kRows, T::kThreads, 0, overlap_sum}, stream, params);
               }
             }};
   }
+}
+
+template <MmaType kType, int... kIndices>
+const Conv3x3MmaEntry& conv3x3_mma_entry_of(int tile, std::integer_sequence<int, kIndices...>) {
+  static constexpr Conv3x3MmaEntry kEntries[] = {conv3x3_mma_entry<kType, kIndices>()...};
+  return kEntries[tile];
 }
 
 }  // namespace repvgg::cuda

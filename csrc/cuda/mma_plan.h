@@ -14,11 +14,18 @@ struct MmaPlan {
   int split = 1, split_chunks = 0;
   double seconds = 0;
 
+  static constexpr int kBlocksPerSM = 2;
+
   int64_t blocks() const { return tiles * split; }
   // Of the partial sums, 4 bytes for each output of each tile and part.
   int64_t workspace_bytes() const {
     const MmaTile& t = kMmaTiles[tile];
     return split == 1 ? 0 : 4 * blocks() * t.tile_k() * t.tile_p() * t.tile_q();
+  }
+  LaunchPlan launch_plan(const ConvProblem& prob) const {
+    const MmaTile& t = kMmaTiles[tile];
+    const int images = t.joined ? static_cast<int>((t.tile_q() - 2) / prob.W) + 2 : 1;
+    return {blocks(), t.threads(), t.shared_bytes(), t.tile_k(), t.tile_p(), t.tile_q(), images, split, kBlocksPerSM};
   }
 };
 

@@ -11,7 +11,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline __attribute__((always_inline))
+#define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(bytes) alignas(bytes)
@@ -109,7 +109,7 @@ inline uint32_t vote(const Collective& what, uint32_t mask, bool predicate, Wher
 template <class T>
 T* atomic(T* address, Where where) {
   check_aligned(address, sizeof *address, where);
-  before_atomic(address, sizeof *address, where);
+  before_atomic(where);
   return address;
 }
 

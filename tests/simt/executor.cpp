@@ -6,10 +6,8 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <map>
 #include <random>
 #include <span>
-#include <tuple>
 
 #include "state.h"
 
@@ -34,8 +32,8 @@ struct Launch {
 // The launches since the last synchronize, oldest first: their ends, what their threads read.
 std::vector<void*> unfinished;
 std::vector<std::shared_ptr<void>> contexts;
+void* const device_fence = new_object();
 std::vector<std::unique_ptr<Block>> slots;
-std::map<std::tuple<const void*, const Block*>, void*> atomics;  // what was released with an address; Block: its scope
 std::mt19937_64 generator;
 bool block_ended = false;  // then the driver is next, which starts another one
 size_t last_warp = 0;      // of all warps of all slots, in their order
@@ -230,6 +228,7 @@ void begin_block(Block& block) {
   block.alive = current.shape.block;
   block.waiting = 0;
   for (void*& order : block.order) order = new_object();
+  block.fence = new_object();
   for (const auto& warp : block.warps) {
     warp->alive = warp->runnable = 0;
     for (LaneOrder& order : warp->orders) order = {};
@@ -238,7 +237,6 @@ void begin_block(Block& block) {
     thread->warp->alive |= 1u << thread->lane;
     thread->waits_at_barrier = false;
     thread->group = 0;
-    for (Ordering& ordering : thread->ordering) ordering = {};
     make_runnable(*thread);
   }
   ++totals.blocks;
@@ -251,6 +249,7 @@ void run_grid() {
     for (const auto& slot : slots) {
       if (slot->busy && slot->alive == 0) {
         running = slot->threads[0].get();
+        launches.back().shared = std::max(launches.back().shared, slot->window.bytes());
         slot->window.end_block(running->where);
         slot->busy = false;
       }
@@ -299,6 +298,7 @@ const char* launch(const char* name, Shape shape, void (*body)(void*), std::shar
   contexts.push_back(std::move(context));
   gridDim = {shape.grid, 1, 1};
   blockDim = {shape.block, 1, 1};
+  launches.push_back({name, shape.grid, shape.block, 0});
   generator.seed(schedule.seed);
   last_warp = 0;
   slots.resize(std::min(std::max(schedule.blocks_at_once, 1u), shape.grid));
@@ -376,28 +376,19 @@ void collective(const Collective& what, uint32_t mask, void* lane, Where where) 
   if (what.orders) acquire(object);
 }
 
+// PTX: fence.sc operations are ordered, and each synchronizes with those behind it (section "Memory synchronization");
+// __threadfence is one. Here the order is the one in which they run.
 void fence(Scope scope) {
-  for (int i = 0; i <= static_cast<int>(scope); ++i) {  // a device's fence is a block's too
-    Ordering& ordering = running->ordering[i];
-    if (ordering.observed != nullptr) acquire(ordering.observed);
-    ordering.fenced = new_object();
-    if (ordering.fenced != nullptr) release(ordering.fenced);
+  void* const own = running->block->fence;
+  for (void* object : {own, scope == Scope::kDevice ? device_fence : own}) {
+    acquire(object);
+    release(object);
   }
 }
 
-void before_atomic(const void* address, size_t, Where where) {
-  Thread& thread = *running;
-  thread.where = where;
-  if (schedule.order == Order::kRandom || schedule.blocks_at_once > 1) wait_for_turn();
-  for (int i = 0; i < 2; ++i) {
-    Ordering& ordering = thread.ordering[i];
-    void*& released = atomics[{address, i == static_cast<int>(Scope::kBlock) ? thread.block : nullptr}];
-    if (released == nullptr) released = new_object();
-    if (ordering.observed == nullptr) ordering.observed = new_object();
-    if (released == nullptr) continue;
-    forward(released, ordering.observed);
-    if (ordering.fenced != nullptr) forward(ordering.fenced, released);
-  }
+void before_atomic(Where where) {
+  running->where = where;
+  if (slots.size() > 1) wait_for_turn();  // another block may come first
 }
 
 }  // namespace simt
