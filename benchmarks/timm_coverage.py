@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from repvgg_cuda import reparameterize
 from repvgg_cuda.convert import find
-from repvgg_cuda.suites import randomise_
+from repvgg_cuda.networks import randomise_
 
 ROOT = Path(__file__).resolve().parent.parent
 #: More parameters than this are converted in structure only: the float64 oracle would not fit into memory.

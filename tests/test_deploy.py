@@ -18,7 +18,7 @@ from foreign_blocks import ConvBN, ManyBranches, Mixer, Net, PostNormed, Residua
 from torch import Tensor, nn
 
 from repvgg_cuda import RepConv3x3, deploy, verify
-from repvgg_cuda.suites import randomise_
+from repvgg_cuda.networks import randomise_
 from repvgg_cuda.verification import Row
 
 
