@@ -66,7 +66,8 @@ def blocks_that_cover(case: testing.Case, plan: LaunchPlan) -> int:
 @EVERY_GPU
 def test_a_plan_covers_the_output_once_and_fits_the_gpu(gpu: Gpu) -> None:
     found = plans(gpu)
-    assert {name for name, _, _ in found} == set(repvgg_cuda.algorithms("cuda")[:-1])
+    too_new = {"mma_tf32"} if gpu.capability < 80 else set()
+    assert {name for name, _, _ in found} == set(repvgg_cuda.algorithms("cuda")[:-1]) - too_new
     for name, case, plan in found:
         assert plan.blocks == blocks_that_cover(case, plan), (name, case, plan)
         assert plan.threads % 32 == 0, (name, plan)
