@@ -21,7 +21,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from repvgg_cuda import bench, files, intervals, records, suites
+from repvgg_cuda import bench, files, intervals, records, suites, tables
 from repvgg_cuda.baselines import EAGER, THREE_BRANCHES
 from repvgg_cuda.comparison import Row
 from repvgg_cuda.networks import OWN_PREFIX
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
     parser.add_argument("--from", dest="record", type=Path, metavar="FILE", help="measure nothing, read this record")
     args = parser.parse_args(argv)
-    console = Console()
+    console = tables.console()
     try:
         if args.json is not None:
             files.require_writable(args.json)

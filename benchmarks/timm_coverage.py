@@ -6,8 +6,8 @@
     python benchmarks/timm_coverage.py --table-only        # docs/coverage.md from what is known so far
 
 First the structure alone is read, on the meta device. Where timm's classes or the graph pass say that there are sums
-of branches, the model is built with random weights and random BatchNorm statistics (a wrong fold then shows), converted,
-and compared with itself in float64, beside timm's own ``reparameterize_model``.
+of branches, the model is built with random weights and random BatchNorm statistics (a wrong fold then shows),
+converted, and compared with itself in float64, beside timm's own ``reparameterize_model``.
 """
 
 from __future__ import annotations
@@ -228,11 +228,11 @@ def as_markdown(rows: list[dict[str, Any]], version: str, total: int) -> str:
         "",
         f"timm {version}: {len(rows)} of its {total} models looked at, with `python benchmarks/timm_coverage.py`. "
         f"{len(blocks)} have sums of branches; in {len(none)} there are none and none was found; {len(broken)} could "
-        f"not be looked at. Of {sum(row['expected'] for row in blocks)} sums that timm's own classes fold, {missed} were "
-        "not found.",
+        f"not be looked at. Of {sum(row['expected'] for row in blocks)} sums that timm's own classes fold, {missed} "
+        "were not found.",
         "",
-        "Random weights and random BatchNorm statistics. *expected*: sums that timm's classes fold; 0 where timm leaves "
-        "them. *found*, *folded*: by the graph pass, which knows no class. Errors: the largest of the output against "
+        "Random weights and random BatchNorm statistics. *expected*: sums that timm's classes fold; 0 where timm "
+        "leaves them. *found*, *folded*: by the graph pass, which knows no class. Errors: the largest of the output against "
         "the trained model in float64, relative to the largest output; *trained* is that of the model as it was. "
         "Parameters after include conv-BatchNorm chains, which timm folds in some models only.",
         "",

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Affine maps of images that one convolution can stand for, in float64: how branches are composed and added.
 
-Every layer of a foldable branch (convolution, BatchNorm, average pooling, constant scale or shift) is such a map, and so
-is every sum of them. Where the composition of two maps is no single convolution, at the zero-padded border above all, it
-is refused with the reason. Each map carries its magnitudes: the same sums over absolute values, nothing cancelling. They
-bound what rounding does to the map, whether it is folded first or evaluated layer by layer.
+Every layer of a foldable branch (convolution, BatchNorm, average pooling, constant scale or shift) is such a map, and
+so is every sum of them. Where the composition of two maps is no single convolution, at the zero-padded border above
+all, it is refused with the reason. Each map carries its magnitudes: the same sums over absolute values, nothing
+cancelling. They bound what rounding does to the map, whether it is folded first or evaluated layer by layer.
 """
 
 from __future__ import annotations
@@ -191,12 +191,11 @@ def composed(outer: Affine, inner: Affine) -> Affine:
     a, b = with_groups(outer, groups), with_groups(inner, groups)
 
     def product(left: Tensor, right: Tensor) -> Tensor:
-        left, right = left.unflatten(0, (groups, -1)), right.unflatten(0, (groups, -1))
-        return torch.einsum(subscripts, left, right).flatten(0, 1).contiguous()
+        return torch.einsum(subscripts, _by_group(left, groups), _by_group(right, groups)).flatten(0, 1).contiguous()
 
     def through(kernel: Tensor, bias: Tensor) -> Tensor:
-        sums = kernel.sum((2, 3)).unflatten(0, (groups, -1))
-        return torch.einsum("gkm,gm->gk", sums, bias.unflatten(0, (groups, -1))).flatten()
+        sums = _by_group(kernel.sum((2, 3)), groups)
+        return torch.einsum("gkm,gm->gk", sums, _by_group(bias, groups)).flatten()
 
     return Affine(
         product(a.weight, b.weight),
@@ -207,6 +206,10 @@ def composed(outer: Affine, inner: Affine) -> Affine:
         roundings=a.roundings + b.roundings,
         **geometry,  # type: ignore[arg-type]
     )
+
+
+def _by_group(tensor: Tensor, groups: int) -> Tensor:
+    return tensor.reshape(groups, -1, *tensor.shape[1:])
 
 
 def with_groups(f: Affine, groups: int) -> Affine:
@@ -244,7 +247,8 @@ def added(f: Affine, g: Affine) -> Affine:
             raise UnfoldableError(f"the branches disagree: one has {name} {a}, another {b}")
     if f.reach != g.reach:
         raise UnfoldableError(
-            f"the branches do not line up: a {_text(f)} beside a {_text(g)}; padding must be dilation * (kernel - 1) / 2"
+            f"the branches do not line up: a {_text(f)} beside a {_text(g)}; padding must be dilation * (kernel - 1) / "
+            "2, or as much off it in all"
         )
     groups = gcd(f.groups, g.groups)
     f, g = _aligned(with_groups(f, groups), with_groups(g, groups))

@@ -150,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
     """Times what ``args`` (of :func:`add_arguments`) asks for, prints tables. Returns the exit code."""
     for path in filter(None, (args.json, args.csv)):
         require_writable(path)
-    console = Console()
+    console = tables.console()
     done = collect(args, console)
     for path in filter(None, (args.json, args.csv)):
         console.print(f"wrote {path}", highlight=False)
@@ -236,7 +236,7 @@ def run_compare(args: argparse.Namespace) -> int:
     """``repvgg-cuda bench compare A B``. Returns the exit code."""
     before, after = records.read(args.before), records.read(args.after)
     found = regression.compare_runs(before, after, tolerance=args.tolerance, absolute=args.absolute)
-    console = Console()
+    console = tables.console()
     for text in found.warnings:
         console.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     shown = [change for change in found.changes if args.all or change.verdict != "same"]

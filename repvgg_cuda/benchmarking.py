@@ -54,7 +54,7 @@ class BenchmarkResult:
         return min(timed, key=lambda row: row.median_us or 0.0)
 
     def __str__(self) -> str:
-        console = Console(width=110, no_color=True, highlight=False)
+        console = Console(width=tables.WIDTH, no_color=True, highlight=False)
         with console.capture() as captured:
             for text in self.run.warnings:
                 console.print(f"warning: {text}", markup=False)
@@ -64,7 +64,8 @@ class BenchmarkResult:
     def _repr_html_(self) -> str:
         parts = [f"<p>{escape(text)}</p>" for text in self.run.warnings]
         if charts.drawable([self.rows]):
-            parts.append(page.picture(partial(charts.speedups, [self.rows]), page.speedup_text([self.rows])))
+            figures = page.versions(partial(charts.speedups, [self.rows]))
+            parts.append(page.image(figures, page.speedup_text([self.rows])))
         return f"<div>{''.join(parts)}{page.rows_table(self.rows)}</div>"
 
     def _repr_png_(self) -> bytes | None:

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from repvgg_cuda import affine
 from repvgg_cuda.affine import Affine
 from repvgg_cuda.layers import Layer, attribute, read_layers
-from repvgg_cuda.structure import UnfoldableError
+from repvgg_cuda.structure import NO_STATISTICS, UnfoldableError
 from repvgg_cuda.tracing import Node, Traced
 
 #: A fold may have up to twice the weights of its branches. Beyond that one convolution costs more than several do: a
@@ -28,7 +28,8 @@ MAX_GROWTH = 2
 
 @dataclass(frozen=True)
 class Block:
-    """``nodes`` compute ``out``, the last of them, from ``root`` alone. ``folded`` is that map, unless ``reason`` is given.
+    """``nodes`` compute ``out``, the last of them, from ``root`` alone. ``folded`` is that map, unless ``reason`` is
+    given.
 
     ``scope``: the path of the innermost module whose call holds all of them. ``branches``: as "3x3+1x1+id".
     ``is_chain``: no sum, a convolution with the BatchNorms around it.
@@ -92,7 +93,7 @@ class Block:
         for node in self.nodes:
             values[node] = graph.node_copy(node, constant)
         graph.output(values[self.out])
-        y = fx.Interpreter(model or self.traced.module, graph=graph).run(x)  # type: ignore[no-untyped-call]
+        y = fx.Interpreter(model or self.traced.module, graph=graph).run(x)
         assert isinstance(y, Tensor)
         return y
 
@@ -148,7 +149,8 @@ class _Finder:
                 continue  # a part of one that was refused: said once
             blocks.append(block)
         if chains:
-            blocks += [block for node in self.traced.graph.nodes if (block := self._chain(node)) is not None]
+            found_chains = (self._chain(node) for node in self.traced.graph.nodes)
+            blocks += [chain for chain in found_chains if chain is not None]
         return sorted(blocks, key=lambda block: self.order[block.out])
 
     # -------------------------------------------------------------------------------------------------------- analysis
@@ -233,7 +235,11 @@ class _Finder:
             self._check_modules(nodes)
             folded = self._fold(root, layers)
         except UnfoldableError as error:
-            folded, reason = None, str(error)
+            reason = str(error)
+        except RuntimeError as error:
+            if not (is_chain and NO_STATISTICS in str(error)):  # batch statistics are what some layers are meant to use
+                raise
+            reason = str(error)
         branches = _label(self.layers, root, nodes[-1])
         scope = common[-1] if common else ""
         return Block(self.traced, root, tuple(nodes), layers, scope, branches, is_chain, folded, reason)

@@ -16,7 +16,7 @@ from repvgg_cuda.networks import OWN_PREFIX
 from repvgg_cuda.tables import NOISE, duration
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Theme:
     """Colours, and the width in inches. ``background`` None is transparent."""
 
@@ -119,7 +119,7 @@ def require_matplotlib() -> None:
 
 
 def render(figure: Any, kind: Literal["svg", "png"], theme: Theme) -> bytes:
-    """The same figure, the same bytes."""
+    """With its background, unless the theme's is transparent. Text stays text in an SVG."""
     import matplotlib
 
     out = io.BytesIO()
@@ -172,7 +172,7 @@ def _group(panel: Any, rows: Sequence[Row], shown: Sequence[tuple[str, Row]], pi
     panel.set_title(case_title(rows), loc="left", fontsize=9.5, fontweight="bold", color=theme.ink, pad=5)
     panel.set_yticks([] if theme.narrow else bars, [] if theme.narrow else labels)
     for place, label in zip(bars, labels, strict=True) if theme.narrow else ():
-        panel.text(0, place - 0.82, label, fontsize=7.5, color=theme.muted, va="center")
+        panel.text(0, place - 0.82, label, fontsize=7.5, color=theme.muted, va="center", in_layout=False)
     _limit(panel, limit_speedup(rows), bars[-1], theme)
     panel.set_ylim(bars[-1] + 1.15, -1.3 if theme.narrow else -0.6)
     _axis(panel, theme)
@@ -217,7 +217,7 @@ def _limit(panel: Any, limit: float | None, last: float, theme: Theme) -> None:
     text = f"limit {limit:.1f}x" if inside else f"limit {limit:.0f}x \u2192"
     x = min(limit, edge)
     side = "right" if x > 0.85 * edge else "left" if x < 0.1 * edge else "center"
-    panel.text(x, last + 0.87, text, fontsize=7.5, color=theme.muted, va="center", ha=side)
+    panel.text(x, last + 0.87, text, fontsize=7.5, color=theme.muted, va="center", ha=side, in_layout=False)
 
 
 def roofline(cases: Sequence[Sequence[Row]], ceilings: Ceilings, dtype: str, theme: Theme) -> Any:

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
-from torch import Tensor
 from torch.nn.utils import parametrize
 
 from repvgg_cuda.blocks import Block, find_blocks
 from repvgg_cuda.models import RepVGGplus
 from repvgg_cuda.modules import RepConv3x3
+from repvgg_cuda.proving import prove
 from repvgg_cuda.report import Entry, Report
 from repvgg_cuda.rewriting import (
     DEPLOYED_NAMES,
@@ -28,6 +28,7 @@ from repvgg_cuda.rewriting import (
     convolution,
     folded_tensors,
     install,
+    plain_conv,
     plan_rewrite,
     replace_modules,
     rest_of_batchnorm,
@@ -57,12 +58,15 @@ def reparameterize(
     """Folds every sum of affine branches in ``model`` into one convolution (RepVGG, arXiv:2101.03697, sec. 3.3).
 
     Found by structure, in any class, ours or not: sums of convolutions, identities and average poolings of one tensor,
-    each with or without BatchNorm, bias, groups and constant scales, nested or with a BatchNorm on the sum. Each fold is
-    proven on a random input before anything is replaced. The convolution is a child of the module that holds the sum, under
-    the name that its family uses in deploy form (``rbr_reparam``, ``reparam_conv``, ...), else ``reparam``: a
-    :class:`RepConv3x3` where it is 3x3, an ``nn.Conv2d`` elsewhere. Everything outside the blocks stays: classes, names,
-    hooks, ``training``, ``requires_grad``, dtypes, devices, memory formats, modules used in several places. The auxiliary
-    heads of a :class:`RepVGGplus`, which only training uses, are dropped.
+    each with or without BatchNorm, bias, groups and constant scales, nested or with a BatchNorm on the sum. Each fold
+    is proven on a random input before anything is replaced.
+
+    The convolution becomes a child of the module that holds the sum, under the name that its family uses in deploy form
+    (``rbr_reparam``, ``reparam_conv``, ...), else ``reparam``: a :class:`RepConv3x3` where it is 3x3, an ``nn.Conv2d``
+    elsewhere. That module computes what it did in eval mode; where its own forward has no deployed form, it gets one,
+    in a subclass of its class. Everything outside the blocks stays: classes, names, hooks, ``training``,
+    ``requires_grad``, dtypes, devices, memory formats, modules used in several places. The auxiliary heads of a
+    :class:`RepVGGplus`, which only training uses, are dropped.
 
     Args:
         model: in eval mode, at least its BatchNorms.
@@ -149,7 +153,7 @@ def _plan(model: nn.Module, with_chains: bool, flush_denormals: bool) -> _Plan:
         try:
             if block.reason:
                 raise UnfoldableError(block.reason)
-            _prove(block)
+            prove(block)
             weight, bias = folded_tensors(block, flush_denormals=flush_denormals)
             assert block.folded is not None
             if block.is_chain:
@@ -279,74 +283,8 @@ def _plan_chain(block: Block, weight: nn.Parameter, bias: nn.Parameter) -> _Chai
                 raise UnfoldableError(f"its BatchNorm is a function that {type(module).__name__} calls")
             replaced[id(module)] = rest_of_batchnorm(module)
     if parametrize.is_parametrized(conv):  # its weight is computed: it cannot be assigned
-        replaced[id(conv)] = _plain_conv(conv, weight, bias)
+        replaced[id(conv)] = plain_conv(conv, weight, bias)
     return _Chain(conv, weight, bias, replaced)
-
-
-def _plain_conv(conv: nn.Conv2d, weight: Tensor | None, bias: Tensor | None) -> nn.Conv2d:
-    """A convolution of the geometry of ``conv`` with weights of its own."""
-    options = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-    plain = nn.Conv2d(conv.in_channels, conv.out_channels, *options, bias=bias is not None, device="meta")
-    assert weight is not None
-    plain.weight = nn.Parameter(weight, requires_grad=weight.requires_grad)
-    plain.bias = None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad)
-    return plain.train(conv.training)
-
-
-@torch.no_grad()
-def _prove(block: Block) -> None:
-    """Compares the fold with the layers themselves on a random input, in float64.
-
-    Both sizes of the input and several magnitudes, so that a wrong padding, a wrong stride or clipping shows.
-
-    Raises:
-        UnfoldableError: they differ by more than rounding, or the layers cannot be run.
-    """
-    f = block.folded
-    assert f is not None
-    if f.weight.device.type == "meta":
-        return
-    generator = torch.Generator().manual_seed(0)
-    height, width = f.kernel_size[0] * f.dilation[0] + 2, f.kernel_size[1] * f.dilation[1] + 1
-    x = torch.randn(2, f.in_channels, height, width, generator=generator, dtype=torch.float64).to(f.weight.device)
-    x[1] *= 100
-    x[1] += torch.randn(f.in_channels, 1, 1, generator=generator, dtype=torch.float64).to(f.weight.device)
-    model = _double(block)
-    try:
-        want = block.run(x, model)
-    except Exception as error:  # layers of other libraries may raise anything
-        raise UnfoldableError(f"its layers cannot be run on one input: {type(error).__name__}: {error}") from error
-    got = f(x)
-    finite = bool(f.weight.isfinite().all()) and bool(f.bias.isfinite().all())
-    if finite and not (got.shape == want.shape and bool(((got - want).abs() <= 2 * f.evaluation_bound(x)).all())):
-        raise UnfoldableError("its layers compute something else than their fold, as a comparison in float64 shows")
-
-
-def _double(block: Block) -> nn.Module:
-    """A copy in float64 of the modules and constants that ``block`` needs, at their paths."""
-    root = nn.Module()
-    needed = [str(node.target) for node in block.nodes if node.op == "call_module"]
-    memo: dict[int, object] = {}
-    for path in needed:
-        parent, _, name = path.rpartition(".")
-        module = block.traced.module.get_submodule(path)
-        if isinstance(module, nn.Conv2d) and parametrize.is_parametrized(module):  # as float64 it has another weight
-            weight, bias = (None if p is None else p.detach().clone() for p in (module.weight, module.bias))
-            module = _plain_conv(module, weight, bias)
-        _holder(root, parent).add_module(name, copy.deepcopy(module, memo).double())
-    for path, value in block.constants().items():
-        parent, _, name = path.rpartition(".")
-        if not hasattr(holder := _holder(root, parent), name):
-            holder.register_buffer(name, value.detach().clone().double())
-    return root.eval()
-
-
-def _holder(root: nn.Module, path: str) -> nn.Module:
-    for name in filter(None, path.split(".")):
-        if name not in root._modules:
-            root.add_module(name, nn.Module())
-        root = root.get_submodule(name)
-    return root
 
 
 # -------------------------------------------------------------------------------------------------------- carrying out
@@ -362,7 +300,7 @@ def _fold_chains(model: nn.Module, chains: Sequence[_Chain]) -> None:
 
 
 def absorb_relus(model: nn.Module) -> None:
-    """Lets every :class:`RepConv3x3` whose only reader is an ``nn.ReLU`` apply it; an ``nn.Identity`` takes its place."""
+    """Lets every :class:`RepConv3x3` that only an ``nn.ReLU`` reads apply it; an ``nn.Identity`` takes its place."""
     replaced: dict[int, nn.Module] = {}
     for region in find_regions(model)[0]:
         traced = region.traced

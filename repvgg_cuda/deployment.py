@@ -40,7 +40,8 @@ def deploy(
     tune: bool = False,
 ) -> Conversion:
     """A copy of ``model`` ready for inference: :func:`repvgg_cuda.reparameterize`, then every 3x3 convolution with zero
-    padding 1 and stride 1 or 2 becomes a :class:`RepConv3x3` (taking over a ReLU behind it), ``prepare`` and ``verify``.
+    padding 1 and stride 1 or 2 becomes a :class:`RepConv3x3` (taking over a ReLU behind it), ``prepare`` and
+    ``verify``.
 
     The result is a module like any other: ``state_dict``, ``copy.deepcopy``, pickle, ``.to()``, DataParallel and
     DistributedDataParallel, ``torch.compile``, ``torch.export`` and CUDA graphs work on it.
@@ -48,19 +49,19 @@ def deploy(
     Args:
         model: any model in eval mode; it is not modified.
         example_input: what ``model`` takes, a tensor or a tuple of arguments, on its device: a batch of real inputs, if
-            there is one. Sizes for which algorithms are chosen, FLOPs and errors in the report come from it; the deployed
-            model takes other sizes, too.
+            there is one. Sizes for which algorithms are chosen, FLOPs and errors in the report come from it; the
+            deployed model takes other sizes, too.
         dtype: of the deployed model. None: as ``model``.
         memory_format: of the deployed model's weights, such as ``torch.channels_last``. None: as ``model``.
         strict: raise if something that looks like a block was left.
-        verify: compare every folded layer and the whole with ``model`` in float64, and raise if one is out of its bound.
+        verify: compare every folded layer and the whole with ``model`` in float64; raise if one is out of its bound.
         flush_denormals: set folded weights that are denormal numbers to zero.
         memory, tune: as for :func:`repvgg_cuda.prepare`.
     Returns:
         ``(model, report)``. Print the report.
     Raises:
-        RuntimeError: ``model`` is in training mode; or, with ``strict``, a block was left; or, with ``verify``, a layer or
-            the whole is out of its bound: the message names the first.
+        RuntimeError: ``model`` is in training mode; or, with ``strict``, a block was left; or, with ``verify``, a layer
+            or the whole is out of its bound: the message names the first.
     """
     training = next((path for path, module in model.named_modules() if module.training), None)
     require(
@@ -143,9 +144,7 @@ def _is_own_geometry(conv: nn.Conv2d) -> bool:
 def _own(conv: nn.Conv2d) -> RepConv3x3:
     channels, stride = (conv.in_channels, conv.out_channels), int(conv.stride[0])
     own = RepConv3x3(*channels, stride=stride, groups=conv.groups, bias=conv.bias is not None, device="meta")
-    own.weight = conv.weight
-    if conv.bias is not None:
-        own.bias = conv.bias
+    own._parameters.update(weight=conv._parameters["weight"], bias=conv._parameters["bias"])
     return own.train(conv.training)
 
 

@@ -187,10 +187,11 @@ class _Reader:
         if target is F.batch_norm:
             return self._batchnorm_function(node, path)
         if target is F.avg_pool2d and isinstance(node.args[0], Node):
-            numbers = (*node.args[1:], *node.kwargs.values())
-            if any(isinstance(value, Node) for value in numbers):
+            options: tuple[Any, ...] = node.args[1:]
+            named: dict[str, Any] = dict(node.kwargs)
+            if any(isinstance(value, Node) for value in (*options, *named.values())):
                 return None
-            return self._pool(node, node.args[0], path, *node.args[1:], **node.kwargs)
+            return self._pool(node, node.args[0], path, *options, **named)
         if target is F.dropout and _argument(node, 2, "training") is False:
             return self._pass(node, node.args[0], path)
         if target is operator.neg:
@@ -237,7 +238,7 @@ class _Reader:
 
     def _conv_function(self, node: Node, path: str) -> Layer | None:
         names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
         x, weight, bias = given.get("input"), given.get("weight"), given.get("bias")
         if not isinstance(x, Node) or not isinstance(weight, Node) or not self._is_constant(weight):
             return None
@@ -247,17 +248,17 @@ class _Reader:
         stride, padding, dilation = given.get("stride", 1), given.get("padding", 0), given.get("dilation", 1)
         if isinstance(padding, str) or any(isinstance(each, Node) for each in (stride, padding, dilation, groups)):
             return None
-        numbers = [pair(*each) for each in (("stride", stride), ("padding", padding), ("dilation", dilation))]
+        geometry = (pair("stride", stride), pair("padding", padding), pair("dilation", dilation))
 
         def fold(args: Sequence[Affine]) -> Affine:
-            return affine.composed(affine.convolution(kernel, shift, *numbers, groups), args[0])
+            return affine.composed(affine.convolution(kernel, shift, *geometry, groups), args[0])
 
         constants = (weight, bias) if isinstance(bias, Node) else (weight,)
         return self._conv(node, x, fold, path, kernel, kernel.shape[1] * groups, *constants)
 
     def _batchnorm_function(self, node: Node, path: str) -> Layer | None:
         names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        given: dict[str, Any] = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
         x, training, eps = given["input"], given.get("training", False), given.get("eps", 1e-5)
         tensors = [given.get(name) for name in names[1:5]]
         known = all(each is None or self._is_constant(each) for each in tensors)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
@@ -75,14 +75,32 @@ def write(run: Run, out: Path) -> list[Path]:
         raise RuntimeError("the record holds no row with a time; nothing to draw")
     out.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, _, draw in pictures(run):
-        for kind in ("svg", "png"):
-            path = out / f"{name}.{kind}"
-            write_atomically(path, charts.render(draw(LIGHT), kind, LIGHT))
+    drawn = {name: (text, versions(draw)) for name, text, draw in pictures(run)}
+    for name, (_, figures) in drawn.items():
+        figure = figures[LIGHT, False]
+        for path, content in (
+            (out / f"{name}.svg", charts.render(figure, "svg", LIGHT)),
+            (out / f"{name}.png", charts.render(figure, "png", LIGHT)),
+        ):
+            write_atomically(path, content)
             written.append(path)
     page = out / "report.html"
-    write_text_atomically(page, html(run))
+    write_text_atomically(
+        page, html(run, {name: (text, image(figures, text)) for name, (text, figures) in drawn.items()})
+    )
     return [*written, page]
+
+
+Figures = dict[tuple[Theme, bool], Any]
+
+
+def versions(draw: Callable[[Theme], Any]) -> Figures:
+    """A picture for each theme, wide and narrow."""
+    return {
+        (theme, narrow): draw(dataclasses.replace(theme, narrow=narrow))
+        for theme in (DARK, LIGHT)
+        for narrow in (True, False)
+    }
 
 
 Picture = tuple[str, str, Callable[[Theme], Any]]
@@ -148,8 +166,8 @@ def speedup_text(cases: Sequence[Sequence[Row]]) -> str:
 # --------------------------------------------------------------------------------------------------------------- HTML
 
 
-def html(run: Run) -> str:
-    """The page."""
+def html(run: Run, images: Mapping[str, tuple[str, str]]) -> str:
+    """The page. ``images``: by name, how to read each picture, and the picture."""
     record = run.environment
     title = f"repvgg_cuda on {environment.machine(record)}"
     parts = [f"<h1>{escape(title)}</h1>", f"<p class=muted>{escape(subtitle(run))}</p>"]
@@ -157,11 +175,11 @@ def html(run: Run) -> str:
         parts.append("<p class=warn><b>This is a rehearsal without a GPU: the times on this page mean nothing.</b></p>")
     parts += [f"<p class=warn>{escape(text)}</p>" for text in run.warnings]
     parts.append(facts(run))
-    for name, text, draw in pictures(run):
+    for name, (text, markup) in images.items():
         suite = name.removeprefix("speedup-")
         heading = {"roofline": "Against the machine's limits", "batch": "Several images at a time"}
         parts.append(f"<h2>{escape(heading.get(name) or SUITE_TITLES.get(suite, suite))}</h2>")
-        parts += [picture(draw, text), f"<p class=muted>{escape(text)}</p>"]
+        parts += [markup, f"<p class=muted>{escape(text)}</p>"]
     parts.append("<h2>Every row</h2>" + every_row(run))
     parts.append("<h2>How this was measured</h2>" + method(run))
     parts.append("<h2>The machine</h2>" + machine(run))
@@ -225,20 +243,18 @@ def one_fact(rows: Sequence[Row], own: Row) -> str:
     return f"<li><b>{own.speedup or 0.0:.2f}x</b> {escape(text)}</li>"
 
 
-def picture(draw: Callable[[Theme], Any], text: str) -> str:
-    """An image in four versions."""
-
-    def data(theme: Theme, narrow: bool) -> str:
-        theme = dataclasses.replace(theme, narrow=narrow, background=None)
-        svg = charts.render(draw(theme), "svg", theme)
-        return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
-
+def image(figures: Figures, text: str) -> str:
+    """A picture in four versions; the browser takes one."""
+    data = {}
+    for (theme, narrow), figure in figures.items():
+        svg = charts.render(figure, "svg", dataclasses.replace(theme, background=None))
+        data[theme, narrow] = f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
     sources = "".join(
-        f'<source media="({condition}) and {width}" srcset="{data(theme, narrow)}">'
-        for condition, theme in (("prefers-color-scheme:dark", DARK), ("prefers-color-scheme:light", LIGHT))
+        f'<source media="(prefers-color-scheme:{scheme}) and {width}" srcset="{data[theme, narrow]}">'
+        for scheme, theme in (("dark", DARK), ("light", LIGHT))
         for width, narrow in ((f"(max-width:{NARROW_PX}px)", True), (f"(min-width:{NARROW_PX + 1}px)", False))
     )
-    return f'<picture>{sources}<img alt="{escape(text, quote=True)}" src="{data(LIGHT, False)}"></picture>'
+    return f'<picture>{sources}<img alt="{escape(text, quote=True)}" src="{data[LIGHT, False]}"></picture>'
 
 
 def every_row(run: Run) -> str:
@@ -256,7 +272,7 @@ def every_row(run: Run) -> str:
 
 def rows_table(rows: Sequence[Row]) -> str:
     """The rows of one case as an HTML table."""
-    headings = ("", "median", "p10-p90", "speed-up", f"{100 * LEVEL:.0f} % sure", "error", "of limit", "")
+    headings = ("", "median", "p10-p90", "speed-up", f"{100 * LEVEL:.0f} % sure", "error", "of the limit", "")
     head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
     body = []
     for row in rows:

@@ -21,12 +21,14 @@ Kind = Literal["sum", "chain", "deployed"]
 class Entry:
     """One block: ``status`` is "fused", "deployed" (it was before) or "left", and then ``reason`` says why.
 
-    ``path``: of the module that holds the block, or of the convolution of a chain. ``family``: the class of that module.
+    ``path``: of the module that holds the block, or of the convolution of a chain. ``family``: the class of that
+    module.
     ``kind``: "sum" of branches, or "chain" of a convolution and BatchNorms. ``conv``: the path of the one convolution.
-    ``parameters_*``: of the block's layers alone. ``weights_before``: of its convolutions alone. ``flops_*``: multiplications and additions of its convolutions on the
-    example input; None without one. ``range_growth``: the largest folded weight in units of the largest trained one; wide
-    ranges are what makes int8 quantisation after fusion fail. ``denormals``: folded weights that are denormal numbers,
-    which some CPUs multiply slowly. ``error``, ``bound``: from verification, of the element that uses most of its bound.
+    ``parameters_*``: of the block's layers alone. ``weights_before``: of its convolutions alone. ``flops_*``:
+    multiplications and additions of its convolutions on the example input; None without one. ``range_growth``: the
+    largest folded weight in units of the largest trained one; wide ranges are what makes int8 quantisation after fusion
+    fail. ``denormals``: folded weights that are denormal numbers, which some CPUs multiply slowly. ``error``,
+    ``bound``: from verification, of the element that uses most of its bound.
     """
 
     path: str
@@ -56,10 +58,10 @@ class Entry:
 class Report:
     """What a conversion did. ``str()`` is a table, :meth:`render` one for ``rich``, :meth:`to_json` for programs.
 
-    ``entries``: one per block, in the order of execution. ``dropped``: training-only parts that were removed. ``notes``:
-    what could not be looked into, with the reason. ``parameters_before`` and ``parameters_after`` count the whole model.
-    ``denormals_flushed``: whether denormal weights were set to zero. ``preparation``, ``verification``: the summaries of
-    those steps, where they were taken.
+    ``entries``: one per block, in the order of execution. ``dropped``: training-only parts that were removed.
+    ``notes``: what could not be looked into, with the reason. ``parameters_before`` and ``parameters_after`` count the
+    whole model. ``denormals_flushed``: whether denormal weights were set to zero. ``preparation``, ``verification``: the summaries
+    of those steps, where they were taken.
     """
 
     entries: tuple[Entry, ...]

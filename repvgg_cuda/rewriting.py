@@ -25,7 +25,7 @@ from repvgg_cuda.blocks import Block, matching_sum
 from repvgg_cuda.branches import dtype_name
 from repvgg_cuda.modules import RepConv3x3
 from repvgg_cuda.reference import output_format
-from repvgg_cuda.structure import UnfoldableError
+from repvgg_cuda.structure import UnfoldableError, conv_geometry
 from repvgg_cuda.tracing import Node, Traced, UntraceableError, trace
 
 # --------------------------------------------------------------------------------------------------------- convolutions
@@ -114,6 +114,17 @@ def convolution(folded: Affine, weight: nn.Parameter, bias: nn.Parameter) -> Rep
         conv = nn.Conv2d(*channels, *geometry, groups=groups, device="meta")
     conv.weight, conv.bias = weight, bias
     return conv
+
+
+def plain_conv(conv: nn.Conv2d, weight: Tensor | None, bias: Tensor | None) -> nn.Conv2d:
+    """A convolution of the geometry of ``conv`` with weights of its own."""
+    _, _, size, stride, padding, dilation, groups, _ = conv_geometry(conv)
+    channels, has_bias = (conv.in_channels, conv.out_channels), bias is not None
+    plain = nn.Conv2d(*channels, size, stride, padding, dilation, groups, has_bias, device="meta")
+    assert weight is not None
+    plain.weight = nn.Parameter(weight, requires_grad=weight.requires_grad)
+    plain.bias = None if bias is None else nn.Parameter(bias, requires_grad=bias.requires_grad)
+    return plain.train(conv.training)
 
 
 # --------------------------------------------------------------------------------------------------------------- names
@@ -208,7 +219,8 @@ def install(rewrite: Rewrite) -> None:
         owner.graph = graph
     elif not _computes(owner, graph, rewrite.within):
         vars(owner).pop("forward", None)
-        owner.__class__ = _rewritten_class(type(owner), *_source(graph))
+        base: Any = type(owner)
+        owner.__class__ = _rewritten_class(base, *_source(graph))
 
 
 def _remove_branches(owner: nn.Module, graph: fx.Graph, consumed: frozenset[int]) -> None:
@@ -283,7 +295,7 @@ def _source(graph: fx.Graph) -> tuple[str, Globals]:
 
 
 @functools.cache
-def _rewritten_class(base: type[nn.Module], source: str, names: Globals) -> type[nn.Module]:
+def _rewritten_class(base: Any, source: str, names: Globals) -> type[nn.Module]:
     """A subclass of ``base`` with another forward; one and the same for blocks that are alike."""
     namespace: dict[str, Any] = {
         name: __import__(value, fromlist=["_"]) if is_module else value for name, is_module, value in names
@@ -291,8 +303,8 @@ def _rewritten_class(base: type[nn.Module], source: str, names: Globals) -> type
     exec(compile(source, f"<{base.__name__} converted by repvgg_cuda>", "exec"), namespace)
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        function, arguments, *rest = super(kind, self).__reduce_ex__(protocol)  # type: ignore[misc]
-        if function is not copyreg.__newobj__ or arguments != (kind,):
+        function, arguments, *rest = tuple(super(kind, self).__reduce_ex__(protocol))
+        if function is not copyreg.__newobj__ or arguments != (kind,):  # type: ignore[attr-defined]
             raise TypeError(
                 f"{base.__name__} pickles and copies in its own way, which a converted module cannot follow"
             )
@@ -309,7 +321,7 @@ def _rewritten_class(base: type[nn.Module], source: str, names: Globals) -> type
     return kind
 
 
-def _new(base: type[nn.Module], source: str, names: Globals) -> nn.Module:
+def _new(base: Any, source: str, names: Globals) -> nn.Module:
     kind = _rewritten_class(base, source, names)
     return kind.__new__(kind)
 

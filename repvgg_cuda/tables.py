@@ -6,14 +6,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from repvgg_cuda.comparison import Row
 from repvgg_cuda.intervals import LEVEL
 
+#: Of output that no terminal limits.
+WIDTH = 120
+
 #: Before a speed-up that is within the noise.
 NOISE = "~"
+
+
+def console(quiet: bool = False) -> Console:
+    """As wide as the terminal; in a file or a pipe as wide as the tables like to be."""
+    found = Console(quiet=quiet)
+    return found if found.is_terminal else Console(quiet=quiet, width=WIDTH)
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -25,7 +35,7 @@ def table(rows: Sequence[Row]) -> Table:
     with_error = any(row.error is not None for row in rows)
     with_share = any(row.share is not None for row in rows)
     headings = ["median", "p10-p90", "speed-up", f"{100 * LEVEL:.0f} % sure"]
-    for heading in (*headings, *(["error"] if with_error else []), *(["of limit"] if with_share else [])):
+    for heading in (*headings, *(["error"] if with_error else []), *(["limit"] if with_share else [])):
         result.add_column(heading, justify="right")
     for row in rows:
         if row.status == "refused":

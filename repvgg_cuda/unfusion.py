@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -22,13 +24,13 @@ def unfuse(conv: RepConv3x3 | nn.Conv2d, example_input: Tensor | None = None) ->
 
     Args:
         conv: 3x3, zero padding 1, stride 1 or 2; its activation, "relu" or none, becomes that of the block.
-        example_input: ``[N, C_in, H, W]``, what ``conv`` reads. The BatchNorms then hold its statistics, so that the block
-            computes about the same in training mode, too. None: mean 0 and variance 1, and the first steps of training
-            have to find them.
+        example_input: ``[N, C_in, H, W]``, what ``conv`` reads. The BatchNorms then hold its statistics, so that the
+            block computes about the same in training mode, too. None: mean 0 and variance 1, and the first steps of
+            training have to find them.
     Returns:
         The block, of the dtype, device and mode of ``conv``; every parameter requires a gradient.
     Raises:
-        RuntimeError: ``conv`` is no such convolution, or ``example_input`` does not fit it; the message says what it is.
+        RuntimeError: ``conv`` is no such convolution, or ``example_input`` does not fit it; the message says why.
     """
     require(
         isinstance(conv, (RepConv3x3, nn.Conv2d)),
@@ -54,21 +56,26 @@ def unfuse(conv: RepConv3x3 | nn.Conv2d, example_input: Tensor | None = None) ->
     dense[:, :, 1:2, 1:2] -= pointwise
     if diagonal is not None:
         dense[index, column, 1, 1] -= diagonal
-    block.rbr_dense.conv.weight.copy_(dense)
-    block.rbr_1x1.conv.weight.copy_(pointwise)
+    layers: list[Any] = [*block.rbr_dense, *block.rbr_1x1]
+    dense_conv, dense_bn, pointwise_conv, pointwise_bn = layers
+    dense_conv.weight.copy_(dense)
+    pointwise_conv.weight.copy_(pointwise)
 
     x = _checked(example_input, conv)
     outputs: list[Tensor | None] = [None, None, None]
     if x is not None:
-        options = {"stride": stride, "groups": groups}
-        outputs = [F.conv2d(x, dense, padding=1, **options), F.conv2d(x, pointwise, **options), x]
+        outputs = [
+            F.conv2d(x, dense, None, stride, 1, 1, groups),
+            F.conv2d(x, pointwise, None, stride, 0, 1, groups),
+            x,
+        ]
     bias = weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach().double()
     scales = [torch.ones_like(bias), torch.ones_like(bias), diagonal]
-    batchnorms = [block.rbr_dense.bn, block.rbr_1x1.bn, block.rbr_identity]
+    batchnorms = [dense_bn, pointwise_bn, block.rbr_identity]
     for bn, scale, output in zip(batchnorms, scales, outputs, strict=True):
         if bn is not None and scale is not None:
             _set_batchnorm(bn, scale, output)
-    block.rbr_dense.bn.bias += bias.to(conv.weight.dtype)
+    dense_bn.bias += bias.to(conv.weight.dtype)
     return block.train(conv.training)
 
 

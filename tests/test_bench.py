@@ -22,6 +22,7 @@ from repvgg_cuda import (
     Branch,
     Branches,
     bench,
+    ceilings,
     comparison,
     devices,
     environment,
@@ -47,6 +48,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring them takes seconds."""
+    known = ceilings.Ceilings({"float32": 100.0}, "a guess", ((1e6, 10.0),))
+    monkeypatch.setattr(ceilings, "measure", lambda device: known)
 
 
 class FakeClock:
@@ -380,6 +388,7 @@ def test_what_is_no_record_is_an_error_that_names_the_line(
         records.read(path)
 
 
+@pytest.mark.usefixtures("no_ceilings")
 def test_a_wrong_result_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     candidates = [fixed("base", 1.0), fixed("liar", 2.0, right=False)]
     monkeypatch.setitem(bench.SUITES, "notebook", one_case(candidates))
@@ -391,6 +400,7 @@ def test_a_wrong_result_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsy
     assert "got 2.0" in lines[place + 1]
 
 
+@pytest.mark.usefixtures("no_ceilings")
 def test_threads_and_tf32_are_set_for_the_run_only(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
@@ -485,6 +495,7 @@ def test_what_makes_times_untrue_is_announced_or_refused(change: dict[str, Any],
     assert message in warning
 
 
+@pytest.mark.usefixtures("no_ceilings")
 def test_strict_refuses_instead_of_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "warnings", lambda record: ["hot"])
     monkeypatch.setitem(bench.SUITES, "notebook", one_case([fixed("base", 1.0)]))

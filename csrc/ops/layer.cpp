@@ -153,7 +153,7 @@ Tensor run_layer(const Layer& layer, const Tensor& x, const Tensor& weight, cons
   const DType bias_dtype = bias ? *float_dtype(bias->scalar_type()) : prob.dtype;
   algo->launch(prob, {x_dense.const_data_ptr(), weight_data, pack_bytes > 0 ? workspace : payload,
                       bias_dense ? bias_dense->const_data_ptr() : nullptr, bias_dtype, y.mutable_data_ptr(),
-                      workspace + pack_bytes, stream, device, parallel_for});
+                      workspace + pack_bytes, stream, device, parallel_for, /*just_packed=*/pack_bytes > 0});
   return any_layout ? y : dense(y, asked.layout);
 }
 

@@ -149,7 +149,7 @@ def check_occupancy(kernel: Kernel) -> Iterable[Finding]:
     if kernel.arch not in LIMITS:
         yield Finding(*kernel.place, "architecture", "one that occupancy.py knows", f"sm_{kernel.arch}")
         return
-    declared = expected.fewer_blocks.get(kernel.arch, max(kernel.blocks or 1, expected.min_blocks))
+    declared = max(kernel.blocks or 1, expected.min_blocks)
     if blocks(kernel) < declared:
         shared = f"{kernel.shared} + {kernel.dynamic_shared} bytes shared"
         used = f"{kernel.registers} registers, {kernel.threads} threads, {shared}"
@@ -170,6 +170,7 @@ def check_main_loop(kernel: Kernel) -> Iterable[Finding]:
         if not loop.math or wrong:
             yield finding("arithmetic of the main loop", math, ", ".join(sorted(wrong)) or "none")
             return
+    if math is not None and kernel.arch >= expected.numbers_from:
         if loop.share < expected.min_share:
             yield finding(f"share of {loop.math_kind} in the main loop", f">= {expected.min_share:.1%}", _share(loop))
         for what, count, most in (

@@ -8,13 +8,14 @@ read from its PTX.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -70,41 +71,66 @@ def entries(ptx: Path) -> Iterator[Entry]:
         yield Entry(name, ptx, tuple(names), tuple(sizes), frozenset(loads))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Program:
-    """Kernels compiled to PTX, and the program that captures their launches."""
+    """The program that captures launches, and the PTX of the kernels that it was asked for."""
 
-    folder: Path
-    entries: dict[str, Entry]
+    capture: Path
+    folder: Path  # for what is made on the way
+    csrc: Path
+    entries: dict[str, Entry] = field(default_factory=dict)
+
+    def run(self, arguments: str) -> list[dict[str, Any]]:
+        parameters = self.folder / "parameters"
+        lines = [" ".join([entry.name, *map(str, entry.sizes)]) for entry in self.entries.values()]
+        parameters.write_text("\n".join(lines))
+        lines = sass.run([str(self.capture), str(parameters), *arguments.split()]).splitlines()
+        return [json.loads(line) for line in lines]
 
     def launches(self, arguments: str) -> list[dict[str, Any]]:
-        lines = sass.run([str(self.folder / "capture"), str(self.folder / "parameters"), *arguments.split()])
-        return [json.loads(line) for line in lines.splitlines()]
+        """What is launched for these arguments of capture.cpp, with the parameters' bytes."""
+        for launch in self.run(arguments):
+            if launch["kernel"] not in self.entries:
+                entry = compile_kernel(launch["kernel"], self.csrc, self.folder)
+                self.entries[entry.name] = entry
+        return self.run(arguments)
 
 
-def build(folder: Path, csrc: Path = CSRC) -> Program:
-    """Compiles every kernel of `csrc` for ARCH, two at a time."""
+def compile_kernel(mangled: str, csrc: Path, folder: Path) -> Entry:
+    """The PTX of one kernel, for ARCH."""
+    name = sass.demangle([mangled])[mangled]
+    declared = re.compile(rf"\b{name.split('<')[0]}\(")
+    header = next(path for path in sorted((csrc / "cuda").glob("*.cuh")) if declared.search(path.read_text()))
+    digest = hashlib.sha256(mangled.encode()).hexdigest()[:16]
+    source = folder / f"{header.stem}-{digest}.cu"
+    source.write_text(
+        f'#include "cuda/{header.name}"\n'
+        "using namespace repvgg;\nusing namespace repvgg::cuda;\n"
+        f"const void* kernel() {{ return reinterpret_cast<const void*>(&{name}); }}\n"
+    )
+    ptx = source.with_suffix(".ptx")
+    flags = ["-std=c++17", f"-I{csrc}", f"-arch=compute_{ARCH}", "-O3", "-lineinfo"]
+    sass.run([nvcc(), *flags, "-ptx", str(source), "-o", str(ptx)])
+    return next(entry for entry in entries(ptx) if entry.name == mangled)
+
+
+def build(folder: Path, objects: Sequence[Path] = (), csrc: Path = CSRC) -> Program:
+    """Links capture.cpp with the kernels' launch code: with these objects of it, else it is compiled, two at a time."""
     folder.mkdir(parents=True, exist_ok=True)
-    sources = sorted((csrc / "cuda").glob("*.cu"))
     flags = ["-std=c++17", f"-I{csrc}"]
-    code = [f"-gencode=arch=compute_{ARCH},code=compute_{ARCH}", "-O3", "-lineinfo"]
 
     def compile_one(source: Path) -> Path:
-        keep = folder / source.stem
-        keep.mkdir(exist_ok=True)
         target = folder / f"{source.stem}.o"
-        sass.run([nvcc(), *flags, *code, "-keep", "-keep-dir", str(keep), "-c", str(source), "-o", str(target)])
+        code = f"-gencode=arch=compute_{ARCH},code=compute_{ARCH}"
+        sass.run([nvcc(), *flags, code, "-c", str(source), "-o", str(target)])
         return target
 
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sources))
-    found = {entry.name: entry for ptx in sorted(folder.glob("*/*.ptx")) for entry in entries(ptx)}
-    lines = [" ".join([entry.name, *map(str, entry.sizes)]) for entry in found.values()]
-    (folder / "parameters").write_text("\n".join(lines) + "\n")
-    sass.run(
-        [nvcc(), *flags, "-cudart=none", str(HERE / "capture.cpp"), *map(str, objects), "-o", str(folder / "capture")]
-    )
-    return Program(folder, found)
+    if not objects:
+        with ThreadPoolExecutor(2) as pool:
+            objects = list(pool.map(compile_one, sorted((csrc / "cuda").glob("*.cu"))))
+    capture = folder / "capture"
+    sass.run([nvcc(), *flags, "-cudart=none", str(HERE / "capture.cpp"), *map(str, objects), "-o", str(capture)])
+    return Program(capture, folder, csrc)
 
 
 def problem(entry: Entry, launch: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Compiles the CUDA kernels for the CPU: ``python tests/simt/build.py --mode asan build/simt-asan``."""
+"""Compiles the CUDA kernels for the CPU: ``python tests/simt/harness.py --mode asan build/simt-asan``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Mode:
 _ASAN = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 _FORMAT = "stack_trace_format='    #%n %S'"  # names of instances of templates fill pages
 MODES = {
-    "plain": Mode(("-O2",)),
+    "plain": Mode(("-O1",)),
     "asan": Mode(
         ("-O1", *_ASAN),
         "SIMT_ASAN",
@@ -63,8 +63,10 @@ def compile_command(mode: str, kind: str, csrc: Path = CSRC) -> str:
     how = MODES[mode]
     own = " ".join(how.flags) if kind == "kernel" else f"-O2 {'-D' * bool(how.define)}{how.define}"
     # -ffp-contract=off: a multiplication and an addition are one operation only where a kernel says fmaf.
+    # -fno-strict-aliasing: shared memory is an array of one type and used as several.
+    semantics = "-ffp-contract=off -fno-strict-aliasing"
     return (
-        f"{compiler()} -std=c++20 -g1 -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off {_tune()} {own} "
+        f"{compiler()} -std=c++20 -g1 -Wall -Wextra -Wno-unknown-pragmas {semantics} {_tune()} {own} "
         f"-I{SIMT} -I{csrc} -x c++ -c"
     )
 
