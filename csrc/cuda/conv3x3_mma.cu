@@ -37,7 +37,10 @@ Refusal refuse_common(const ConvProblem& prob, const Device& device, int channel
   return nullptr;
 }
 
-bool older_than(const Device& device, int capability) { return device.present && device.capability < capability; }
+// Of a GPU at hand or described; not of one that is unknown.
+bool older_than(const Device& device, int capability) {
+  return device.capability > 0 && device.capability < capability;
+}
 
 Refusal refuse(const ConvProblem& prob, const Device& device) {
   if (prob.dtype != DType::kFloat16 && prob.dtype != DType::kBFloat16) return "x must be float16 or bfloat16";
