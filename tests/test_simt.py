@@ -331,7 +331,7 @@ def test_every_order_of_threads(programs: Programs, record_property: Callable[[s
 
 def tiles() -> list[tuple[int, int, bool, bool]]:
     """Output channels, stride, joined, split of every tile of the tensor-core rows (csrc/cuda/mma_tiles.h)."""
-    text = (build.CSRC / "cuda" / "mma_tiles.h").read_text()
+    text = (harness.CSRC / "cuda" / "mma_tiles.h").read_text()
     rows = [[field.strip() for field in row.split(",")] for row in re.findall(r"^    \{([^}]*)\},", text, re.MULTILINE)]
     return [(16 * int(r[0]) * int(r[1]), int(r[5]), r[6] == "true", r[8] == "true") for r in rows]
 
