@@ -131,7 +131,8 @@ def _prepack_fake(
     )
     taken = next(row for row in rows if (row.chosen if algorithm == "auto" else row.name == algorithm))
     device = "meta" if weight.is_meta else "cpu"
-    return weight.new_empty(HEADER_BYTES + taken.packed_bytes, dtype=torch.uint8, device=device)
+    payload = 0 if weight.is_cuda else taken.packed_bytes  # of weights on a GPU it stays there
+    return weight.new_empty(HEADER_BYTES + payload, dtype=torch.uint8, device=device)
 
 
 # --------------------------------------------------------------------------------------------------------- autograd

@@ -89,12 +89,17 @@ def explain_rows(
     *,
     prepared: bool,
     memory: str,
-    channels_last: bool = False,
+    channels_last: bool | None = None,
     activation: str = "identity",
 ) -> tuple[Candidate, ...]:
-    """What the table says about a layer whose arguments have been checked; its last row is ``aten``."""
+    """What the table says about a layer whose arguments have been checked; its last row is ``aten``.
+
+    ``channels_last``: of the input; None: as networks run, that is channels_last for 16-bit types on a GPU.
+    """
     require(memory in MEMORY, f"explain: memory must be one of {', '.join(MEMORY)}, got '{memory}'")
     device = weight.device
+    if channels_last is None:
+        channels_last = device.type == "cuda" and weight.element_size() == 2
     if _ext.module is None:
         return (Candidate("aten", None, None, 0, True),)
     rows = _ext.module.explain(

@@ -124,6 +124,11 @@ def error_bound(
     it by u of that type, and half a subnormal step; the result before the bias may have been stored too. ReLU adds
     nothing.
 
+    Tensor cores (:data:`TENSOR_CORES`) multiply exactly, but add the products of a block of at least 8 to the sum so far
+    after cutting all of them off at the unit in the last place of the largest: 9 errors of 2 u for 8 products (Fasi,
+    Higham, Mikaitis, Pranesh, Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science 7:e330, 2021). tf32
+    rounds the weight to 11 bits and cuts x off after 11 before that.
+
     Winograd rows (:data:`WINOGRAD`) compute ``A^T [U * (B^T d B)] A`` tile by tile, so their bound is gamma of the
     longest chain of roundings (C_in / groups products; at most pairs + 3 in each of four 1-D transforms; one for U, one
     for the bias) times the same expression over absolute values. NaN or Inf where the oracle is not finite.
@@ -133,8 +138,13 @@ def error_bound(
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     n = 9 * weight.shape[1] + 1
     u = unit_roundoff(compute)
+    if algorithm in TENSOR_CORES and (x.dtype != torch.float32 or algorithm == "mma_tf32"):
+        u *= 2 * 9 / 8
     absolute = conv3x3_fp64(x.abs(), weight.abs(), None if bias is None else bias.abs(), stride, groups)
     bound = n * u / (1 - n * u) * absolute
+    if algorithm == "mma_tf32":
+        operands = (1 + 2**-11) * (1 + 2**-10) - 1
+        bound = bound * (1 + operands) + operands * absolute
     if x.dtype != compute:
         u_out = unit_roundoff(x.dtype)
         bound = bound * (1 + 2 * u_out) + 2 * u_out * absolute + torch.finfo(x.dtype).smallest_normal * u_out * 2
@@ -142,6 +152,9 @@ def error_bound(
         bound = 2 * bound  # the oracle itself rounds in the same way
     return bound
 
+
+#: Rows of the CUDA table that multiply on tensor cores.
+TENSOR_CORES = ("mma", "mma_tf32", "stem")
 
 #: Pairs of evaluation points of each Winograd row (csrc/core/winograd_points.h).
 WINOGRAD: Mapping[str, tuple[float, ...]] = {

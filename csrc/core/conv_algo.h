@@ -28,6 +28,7 @@ struct LaunchPlan {
   int tile_k, tile_p, tile_q;  // outputs that a block computes: channels, rows, columns
   int images;                  // images that share a tile's row
   int split;                   // blocks that share the sum over the input channels
+  int blocks_per_sm = 1;       // that the kernel is compiled to have registers for on a multiprocessor, at least
 };
 
 // Calls f(0) ... f(n - 1), each once, on up to as many CPU threads as there are, and waits for them.
@@ -53,6 +54,10 @@ struct PackArgs {
   ParallelFor parallel_for;
 };
 
+// How launch reads x and writes y: in the layout of the problem, whichever that is; or channels_last, whatever the
+// problem says, so that the caller converts; or from the problem's layout to channels_last.
+enum class RowLayout { kAsProblem, kNHWC, kToNHWC };
+
 struct ConvAlgo {
   const char* name;
   // Why this row cannot run the problem.
@@ -68,6 +73,7 @@ struct ConvAlgo {
   void (*launch)(const ConvProblem&, const ConvArgs&);
   // How launch would do it; nullptr on a CPU.
   LaunchPlan (*plan)(const ConvProblem&, const Device&) = nullptr;
+  RowLayout layout = RowLayout::kAsProblem;
 };
 
 inline int64_t no_bytes(const ConvProblem&) { return 0; }

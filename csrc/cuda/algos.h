@@ -13,8 +13,8 @@ AlgoTable algos();
 // What the rows need to know of the GPU with this index. Throws std::runtime_error if it cannot be asked.
 Device device(int index);
 
-// The predicted time of F.conv2d in seconds: no measurement, the larger of its byte and FLOP floors on a current GPU.
-// It is there to be compared with, not to be believed.
+// The predicted time of F.conv2d in seconds, no measurement: of float32 the larger of its byte and FLOP floors on a
+// current GPU, of 16-bit types mma_plan.h's model of an implicit GEMM. It is there to be compared with.
 double aten_cost(const ConvProblem& prob, const Device& device);
 
 // Folds n blocks on `stream`, with one launch for as many as a kernel's parameters describe (with CUDA 12.1 and later

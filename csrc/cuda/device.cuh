@@ -18,6 +18,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/dtype.h"
+
 namespace repvgg::cuda {
 
 // ---------------------------------------------------------------------------------------------------- host: launches
@@ -138,6 +140,13 @@ __device__ __forceinline__ void store_global_4(void* p, uint32_t a) {
   asm volatile("st.global.b32 [%0], %1;" ::"l"(p), "r"(a) : "memory");
 }
 
+// The same value. The compiler does not see that, so what is derived from it is computed again instead of being kept in
+// registers through a loop.
+__device__ __forceinline__ int computed_again(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // Starts copying 16 bytes into shared memory; the bytes are there for the calling thread after the wait that covers
 // their group, for the others after a barrier behind it. sm_75 has no asynchronous copy: there it is done at once.
 __device__ __forceinline__ void copy_async_16(SharedAddress to, const void* from) {
@@ -237,7 +246,8 @@ __device__ __forceinline__ uint32_t movmatrix_trans(uint32_t matrix) {
 
 enum class MmaType { kFloat16, kBFloat16, kTF32, kInt8 };
 
-// D += A B. Accumulators are float, int32_t for kInt8. kFloat16 runs from sm_75 on, the others from sm_80 on.
+// D += A B. Accumulators are float, int32_t for kInt8. kFloat16 runs from sm_75 on, the others from sm_80 on: code for
+// older GPUs compiles and does nothing, rows refuse them.
 template <MmaType kType>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   static_assert(kType != MmaType::kInt8, "8-bit products are summed in int32_t");
@@ -253,13 +263,14 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint3
   if constexpr (kType == MmaType::kTF32) RVG_MMA("m16n8k8.row.col.f32.tf32.tf32.f32");
 #undef RVG_MMA
 #elif __CUDA_ARCH__ >= 750
-  static_assert(kType == MmaType::kFloat16, "sm_75 multiplies float16 only");
 #define RVG_MMA(a0, a1, b)                                                                                            \
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};" \
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                       \
                : "r"(a0), "r"(a1), "r"(b))
-  RVG_MMA(a[0], a[1], b0);
-  RVG_MMA(a[2], a[3], b1);
+  if constexpr (kType == MmaType::kFloat16) {
+    RVG_MMA(a[0], a[1], b0);
+    RVG_MMA(a[2], a[3], b1);
+  }
 #undef RVG_MMA
 #endif
 }
@@ -294,6 +305,14 @@ __device__ __forceinline__ uint32_t round_tf32(float value) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
 #endif
   return bits;
+}
+
+// Element i of an array of float32, float16 or bfloat16 as a float, exactly.
+__device__ __forceinline__ float load_float(const void* data, DType dtype, int64_t i) {
+  if (dtype == DType::kFloat32) return static_cast<const float*>(data)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(data)[i];
+  return dtype == DType::kFloat16 ? __half2float(__ushort_as_half(bits))
+                                  : __uint_as_float(static_cast<uint32_t>(bits) << 16);
 }
 
 __device__ __forceinline__ uint32_t float_bits(float value) { return __float_as_uint(value); }

@@ -105,9 +105,14 @@ Tensor conv3x3_chain(const Tensor& x, const std::vector<Tensor>& weights, const 
     ConvProblem prob = i == 0 ? make_problem(where, x, weights[i], bias, strides[i], groups[i])
                               : next_problem(where, layers.back().prob, x, weights[i], bias, strides[i], groups[i]);
     prob.activation = activation;
+    // Between 16-bit layers on a GPU tensors are channels_last.
+    if (i > 0 && x.is_cuda() && x.element_size() == 2) prob.layout = Layout::kNHWC;
     layers.push_back(choose_layer(where, prob, weights[i], pack, pack ? "auto" : algorithm));
   }
-  if (x.size(0) == 0) return empty_output(layers.back().prob, x);
+  const Layout layout = layers.front().prob.layout;
+  ConvProblem last = layers.back().prob;
+  last.layout = layout;
+  if (x.size(0) == 0) return empty_output(last, x);
 
   Tensor y = x;
   for (size_t i = 0; i < n;) {
@@ -116,11 +121,13 @@ Tensor conv3x3_chain(const Tensor& x, const std::vector<Tensor>& weights, const 
       y = run_joined(layers, i, static_cast<size_t>(join), y, weights, biases);
       i += static_cast<size_t>(join);
     } else {
-      y = run_layer(layers[i], y, weights[i], given(biases[i]));
+      // Each layer takes its input as the one before it left it.
+      if (x.is_cuda()) layers[i].prob.layout = is_channels_last(y) ? Layout::kNHWC : Layout::kNCHW;
+      y = run_layer(layers[i], y, weights[i], given(biases[i]), /*any_layout=*/x.is_cuda());
       ++i;
     }
   }
-  return y;
+  return x.is_cuda() ? dense(y, layout) : y;
 }
 
 }  // namespace repvgg::ops

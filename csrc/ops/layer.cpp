@@ -43,6 +43,12 @@ Tensor aten_conv3x3(const Tensor& x, const Tensor& weight, const std::optional<T
   return y;
 }
 
+// CUDA rows copy 16 bytes at a time. A tensor begins at such an address unless it is a slice of another.
+Tensor aligned(const Tensor& x) {
+  constexpr uintptr_t kAlign = 16;
+  return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % kAlign == 0 ? x : torch::stable::clone(x);
+}
+
 std::string available(const AlgoTable& table) {
   std::string names;
   for (int i = 0; i < table.size; ++i) names += std::string(table.rows[i]->name) + ", ";
@@ -116,14 +122,18 @@ void parallel_for(int64_t n, const std::function<void(int64_t)>& f) {
   });
 }
 
-Tensor run_layer(const Layer& layer, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  const auto& [prob, algo, payload] = layer;
-  if (algo == nullptr) return aten_conv3x3(x, weight, bias, prob);
-  Tensor y = empty_output(prob, x);
-  if (prob.N == 0) return y;
+Tensor run_layer(const Layer& layer, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                 bool any_layout) {
+  const auto& [asked, algo, payload] = layer;
+  if (algo == nullptr) return aten_conv3x3(x, weight, bias, asked);
+  ConvProblem prob = asked, output = asked;
+  if (algo->layout == RowLayout::kNHWC) prob.layout = Layout::kNHWC;
+  if (algo->layout != RowLayout::kAsProblem) output.layout = Layout::kNHWC;
+  if (prob.N == 0) return empty_output(any_layout ? output : asked, x);
+  Tensor y = empty_output(output, x);
 
   // The dense copies live until the launch is queued; torch's allocator orders their memory on the same stream.
-  const Tensor x_dense = dense(x, prob.layout);
+  const Tensor x_dense = x.is_cuda() ? aligned(dense(x, prob.layout)) : dense(x, prob.layout);
   std::optional<Tensor> weight_dense, bias_dense, cuda_workspace;
   if (payload == nullptr) weight_dense = dense(weight);
   if (bias) bias_dense = dense(*bias);
@@ -143,7 +153,7 @@ Tensor run_layer(const Layer& layer, const Tensor& x, const Tensor& weight, cons
   algo->launch(prob, {x_dense.const_data_ptr(), weight_data, pack_bytes > 0 ? workspace : payload,
                       bias_dense ? bias_dense->const_data_ptr() : nullptr, bias_dtype, y.mutable_data_ptr(),
                       workspace + pack_bytes, stream, device, parallel_for});
-  return y;
+  return any_layout ? y : dense(y, asked.layout);
 }
 
 }  // namespace repvgg::ops

@@ -32,8 +32,9 @@ struct Layer {
 Layer choose_layer(const Where& where, const ConvProblem& prob, const Tensor& weight,
                    const std::optional<Tensor>& packed, const std::string& algorithm);
 
-// x [N, C, H, W] -> [N, K, P, Q] in the layout of the problem.
-Tensor run_layer(const Layer& layer, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
+// x [N, C, H, W] -> [N, K, P, Q] in the layout of the problem, or, with `any_layout`, in the one that the row writes.
+Tensor run_layer(const Layer& layer, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                 bool any_layout = false);
 
 Tensor empty_output(const ConvProblem& prob, const Tensor& x);
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "ops/packed.h"
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
@@ -12,6 +13,12 @@
 #include "cpu/algos.h"
 #include "ops/layer.h"
 #include "ops/scratch.h"
+
+// torch/csrc/stable/c/shim.h, from torch 2.11 on.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle* result, int32_t layout, const uint8_t* opaque_metadata,
+    int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* context);
 
 namespace repvgg::ops {
 namespace {
@@ -79,6 +86,27 @@ Tensor allocate(int64_t payload_bytes) {
   return torch::stable::narrow(whole, 0, payload - kHeaderBytes, bytes);
 }
 
+// A header on its own that owns `payload`.
+struct OwningHeader {
+  PackedHeader header;
+  Tensor payload;
+};
+
+Tensor owning_header(const Where& where, PackedHeader header, Tensor payload) {
+  check(torch_from_blob != nullptr, where, "packing weights on a GPU needs torch 2.11 or later");
+  auto* const owner = new OwningHeader{header, std::move(payload)};
+  owner->header.owner = &owner->header;
+  const int64_t size = kHeaderBytes, stride = 1;
+  AtenTensorHandle handle = nullptr;
+  const auto free_owner = [](void*, void* context) { delete static_cast<OwningHeader*>(context); };
+  if (torch_from_blob(&owner->header, 1, &size, &stride, 0, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), 0,
+                      &handle, aoti_torch_layout_strided(), nullptr, 0, free_owner, owner) != 0) {
+    delete owner;
+    fail(where, "torch cannot make the tensor of packed weights");
+  }
+  return Tensor(handle);
+}
+
 const ConvAlgo* choose_packed(const Where& where, const ConvProblem& prob, const Device& device,
                               const std::string& device_type, const std::string& algorithm, int64_t max_bytes) {
   const AlgoTable table = algos_for(device_type);
@@ -90,12 +118,35 @@ const ConvAlgo* choose_packed(const Where& where, const ConvProblem& prob, const
   return algo;
 }
 
+// Checks what lies on the GPU.
+const void* device_payload(const Where& where, const PackedHeader& header, const void* address, const Tensor& weight,
+                           int64_t bytes) {
+  if (bytes == 0) return nullptr;
+  if (header.owner != address) {
+    fail(where, "packed is a copy, which does not own the weights packed on the GPU; call prepack again");
+  }
+  if (header.device_index != weight.get_device_index()) {
+    fail(where, "packed was made on cuda:", header.device_index, ", but weight is on ", device_name(weight),
+         "; call prepack again");
+  }
+  if (header.device_dtype != static_cast<int32_t>(weight.scalar_type())) {
+    fail(where, "packed was made for weights of another dtype than ", dtype_name(weight.scalar_type()),
+         "; call prepack again");
+  }
+  if (header.device_bytes != bytes) {
+    fail(where, "packed has ", header.device_bytes, " bytes on the GPU, where its algorithm needs ", bytes,
+         "; call prepack again");
+  }
+  return header.device_payload;
+}
+
 }  // namespace
 
 Tensor prepack(const Tensor& weight, const std::vector<int64_t>& input_size, int64_t stride, int64_t groups,
                const std::string& algorithm, const std::string& memory) {
   const Where where{"prepack", -1, "input_size"};
-  const ConvProblem prob = make_problem(where, input_size, weight, stride, groups);
+  ConvProblem prob = make_problem(where, input_size, weight, stride, groups);
+  if (weight.is_cuda() && weight.element_size() == 2) prob.layout = Layout::kNHWC;  // as networks run
   check(memory == "fast" || memory == "low", where, "memory must be one of fast, low, got '", memory, "'");
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
   if (weight.is_cuda()) guard.emplace(weight.get_device_index());
@@ -110,8 +161,19 @@ Tensor prepack(const Tensor& weight, const std::vector<int64_t>& input_size, int
   header.K = prob.K;
   header.groups = prob.groups;
   header.stride = prob.stride;
-  header.payload_bytes = algo == nullptr ? 0 : algo->packed_bytes(prob);
   header.fingerprint = fingerprint(weight);
+  const int64_t bytes = algo == nullptr ? 0 : algo->packed_bytes(prob);
+  if (weight.is_cuda() && bytes > 0) {
+    Tensor payload = torch::stable::empty({&bytes, 1}, ScalarType::Byte, std::nullopt, weight.device());
+    header.device_payload = payload.const_data_ptr();
+    header.device_bytes = bytes;
+    header.device_index = weight.get_device_index();
+    header.device_dtype = static_cast<int32_t>(weight.scalar_type());
+    algo->pack(prob, {dense(weight).const_data_ptr(), payload.mutable_data_ptr(),
+                      current_stream(weight.get_device_index()), parallel_for});
+    return owning_header(where, header, std::move(payload));
+  }
+  header.payload_bytes = bytes;
   if (header.payload_bytes > 0) set_field(header.target, cpu::target_name());
 
   Tensor packed = allocate(header.payload_bytes);
@@ -162,6 +224,7 @@ Packed open_packed(const Where& where, const Tensor& packed, const Tensor& weigh
   if (const Refusal why = algo->refuse(prob, device_of(weight)); why != nullptr) {
     fail(where, "packed was made for algorithm '", name, "', which cannot run this: ", why, "; call prepack again");
   }
+  if (weight.is_cuda()) return {algo, device_payload(where, header, data, weight, algo->packed_bytes(prob))};
   if (header.payload_bytes == 0 || field(header.target) != cpu::target_name()) return {algo, nullptr};
   if (header.payload_bytes != algo->packed_bytes(prob)) {
     fail(where, "packed has a payload of ", header.payload_bytes, " bytes, where algorithm '", name, "' needs ",

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 // Packed weights: a plain uint8 tensor on the CPU, a header and then what a row's `pack` wrote. repvgg_cuda/packed.py
-// reads and writes the same header.
+// reads and writes the same header. For weights on a GPU the tensor holds the header alone and owns what was packed,
+// in the GPU's memory: calls then ask the GPU for nothing.
 #pragma once
 
 #include <cstdint>
@@ -20,15 +21,21 @@ struct PackedHeader {
   int64_t C, K, groups, stride;
   int64_t payload_bytes;  // what follows this header
   uint64_t fingerprint;   // of the weight
-  char reserved[40];      // zeros
+  // What lies on a GPU; else zeros.
+  const void* device_payload;
+  const void* owner;  // this header's address: a copy of it owns nothing
+  int64_t device_bytes;
+  int32_t device_index;
+  int32_t device_dtype;  // ScalarType of the weight
+  char reserved[8];      // zeros
 };
 static_assert(sizeof(PackedHeader) == 128, "the payload follows at a multiple of a cache line");
 
 constexpr char kPackedMagic[9] = "RVGPACK1";
 
 // Makes packed weights for `input_size` [N, C_in, H, W]: "auto" takes the row predicted to be fastest there. With
-// `memory` "low" rows whose payload is larger than the weight are passed over. A row that reads weights as they are,
-// and every row on a GPU, has the header alone.
+// `memory` "low" rows whose payload is larger than the weight are passed over. A row that reads weights as they are has
+// the header alone.
 Tensor prepack(const Tensor& weight, const std::vector<int64_t>& input_size, int64_t stride, int64_t groups,
                const std::string& algorithm, const std::string& memory);
 

@@ -44,7 +44,7 @@ MODES = {
         ("-O1", "-fsanitize=thread"),
         "SIMT_TSAN",
         ("-fsanitize=thread",),
-        (("TSAN_OPTIONS", f"exitcode=66:history_size=4:{_FORMAT}"),),
+        (("TSAN_OPTIONS", f"exitcode=66:history_size=4:atexit_sleep_ms=0:{_FORMAT}"),),
     ),
 }
 
@@ -60,14 +60,16 @@ def _tune() -> str:
 
 def write_ninja(folder: Path, mode: str, programs: dict[str, Sequence[Path]], csrc: Path) -> None:
     """build.ninja: each program of its own sources and the executor's. ``.cu`` files are C++ here."""
-    cxx, how = compiler(), MODES[mode]
+    how = MODES[mode]
     # -ffp-contract=off: a multiplication and an addition are one operation only where a kernel says fmaf.
-    common = f"-std=c++20 -g1 -Wall -Wextra -Wno-unknown-pragmas -I{SIMT} -I{csrc} -MMD -MF $out.d"
+    cxx = (
+        f"{compiler()} -std=c++20 -g1 -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off {_tune()} "
+        f"-I{SIMT} -I{csrc} -MMD -MF $out.d "
+    )
     lines = [
-        f"rule kernel\n  command = {cxx} -x c++ {common} {_tune()} -ffp-contract=off {' '.join(how.flags)} -c $in -o $out",
-        f"rule executor\n  command = {cxx} {common} {_tune()} -ffp-contract=off -O2 {'-D' * bool(how.define)}{how.define} "
-        "-c $in -o $out",
-        f"rule link\n  command = {cxx} {' '.join(how.link)} $in -o $out",
+        f"rule kernel\n  command = {cxx} {' '.join(how.flags)} -x c++ -c $in -o $out",
+        f"rule executor\n  command = {cxx} -O2 {'-D' * bool(how.define)}{how.define} -c $in -o $out",
+        f"rule link\n  command = {compiler()} {' '.join(how.link)} $in -o $out",
     ]
     lines = [line + "\n  depfile = $out.d\n  deps = gcc" * ("-MMD" in line) for line in lines]
     objects = [f"{name}.executor.o" for name in EXECUTOR]
@@ -86,7 +88,11 @@ def write_ninja(folder: Path, mode: str, programs: dict[str, Sequence[Path]], cs
 def programs_of(csrc: Path = CSRC) -> dict[str, Sequence[Path]]:
     """The sources of every program, without the executor's."""
     kernels = sorted((csrc / "cuda").glob("*.cu"))
-    return {"driver": [SIMT / "driver.cpp", *kernels]}
+    return {
+        "driver": [SIMT / "driver.cpp", *kernels],
+        "probes": [SIMT / "probes.cu"],
+        "selftest": [SIMT / "selftest.cu"],
+    }
 
 
 def build(folder: Path, mode: str, programs: Sequence[str] = ("driver",), csrc: Path = CSRC) -> dict[str, Path]:
@@ -116,8 +122,7 @@ def run(mode: str, *command: str | Path, timeout: float | None = None) -> subpro
     return subprocess.run(
         [*prefix, *map(str, command)],
         env={**os.environ, **dict(MODES[mode].env)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         timeout=timeout,
     )
@@ -127,8 +132,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="where the objects and programs go")
     parser.add_argument("--mode", choices=MODES, default="plain")
-    parser.add_argument("programs", nargs="*", default=["driver"], help="driver (default)")
-    arguments = parser.parse_args()
+    parser.add_argument("programs", nargs="*", default=["driver"], help="driver (default), probes, selftest")
+    arguments = parser.parse_intermixed_args()
     try:
         built = build(arguments.folder.resolve(), arguments.mode, arguments.programs)
     except subprocess.CalledProcessError as error:

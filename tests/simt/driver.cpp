@@ -4,6 +4,7 @@
 //   driver [option value ...] case ...
 //     --schedule forward | backward | random:SEED   --blocks-at-once N   --capability 80   --multiprocessors 108
 //     --algorithm NAME (default: every row)         --guard after | before
+//     --tile I, --split N: of the tensor-core rows, instead of what they would choose
 //   case: N,C,H,W,K,stride,groups,dtype,layout,activation,bias|none     as 2,5,7,9,6,1,1,float32,nhwc,relu,bias
 //     or  fuse,K,C,dtype,3x3 branches,1x1 branches,identities,bn|none,bn of the sum|none     several joined by +: one
 //     call
@@ -18,6 +19,7 @@
 #include "buffers.h"
 #include "core/conv_algo.h"
 #include "cuda/algos.h"
+#include "cuda/mma_plan.h"
 #include "executor.h"
 
 namespace simt_test {
@@ -26,6 +28,7 @@ namespace {
 using repvgg::ConvAlgo;
 
 Guard guard = Guard::kAfter;
+int forced_tile = -1, forced_split = 1;
 int failures = 0;
 
 std::vector<std::string> split(const std::string& text, char separator = ',') {
@@ -115,56 +118,116 @@ bool is_named(const ConvAlgo& algo, const char* prefix) {
   return std::strncmp(algo.name, prefix, std::strlen(prefix)) == 0;
 }
 
+// A kernel was launched as the row's plan says.
+std::string check_plan(const repvgg::LaunchPlan& plan) {
+  std::string launched;
+  for (const simt::LaunchRecord& launch : simt::launches) {
+    if (launch.grid == plan.blocks && launch.block == static_cast<unsigned>(plan.threads) &&
+        launch.shared == static_cast<size_t>(plan.shared_bytes)) {
+      return "";
+    }
+    launched += "; launched: " + std::to_string(launch.grid) + " blocks of " + std::to_string(launch.block) +
+                " threads and " + std::to_string(launch.shared) + " bytes";
+  }
+  return "the plan says " + std::to_string(plan.blocks) + " blocks of " + std::to_string(plan.threads) +
+         " threads and " + std::to_string(plan.shared_bytes) + " bytes of shared memory" + launched;
+}
+
+void in_turn(int64_t n, const std::function<void(int64_t)>& f) {
+  for (int64_t i = 0; i < n; ++i) f(i);
+}
+
+// How a row launches: as it chooses to, or with the tile that an option names.
+struct Way {
+  repvgg::cuda::MmaPlan forced;  // tile -1: none
+  int64_t workspace_bytes;
+  std::string text;  // for the report
+};
+
+// False: the row refuses the case, which is reported.
+bool choose_way(const ConvAlgo& algo, const ConvProblem& prob, const repvgg::Device& device, const std::string& text,
+                Way* way) {
+  const char* why = algo.refuse(prob, device);
+  if (why == nullptr && forced_tile >= 0 && is_named(algo, "mma")) {
+    if (repvgg::cuda::mma_tile_fits(repvgg::cuda::kMmaTiles[forced_tile], prob)) {
+      way->forced = repvgg::cuda::plan_mma_tile(forced_tile, forced_split, prob, device);
+    } else {
+      why = "the tile does not fit";
+    }
+  }
+  if (why != nullptr) {
+    report(algo.name, text, std::string("\"refused\": \"") + why + "\"");
+    return false;
+  }
+  const bool forced = way->forced.tile >= 0;
+  way->workspace_bytes = forced ? way->forced.workspace_bytes() : algo.workspace(prob, device);
+  const repvgg::LaunchPlan plan = algo.plan(prob, device);
+  char tile[100];
+  std::snprintf(tile, sizeof tile, ", \"threads\": %d, \"tile\": [%d, %d, %d], \"split\": %d", plan.threads,
+                plan.tile_k, plan.tile_p, plan.tile_q, plan.split);
+  way->text = forced ? ", \"forced_tile\": " + std::to_string(forced_tile) : tile;
+  return true;
+}
+
+// The first element that is not bit for bit the chain of fused multiply-adds.
+std::string compare_chain(const Buffer& y, const std::vector<float>& chain) {
+  for (int64_t i = 0; i < y.size(); ++i) {
+    if (std::memcmp(y.floats() + i, &chain[static_cast<size_t>(i)], 4) == 0) continue;
+    char text[120];
+    std::snprintf(text, sizeof text, "y[%" PRId64 "]: got %a, the chain of fused multiply-adds gives %a", i, y.at(i),
+                  double{chain[static_cast<size_t>(i)]});
+    return text;
+  }
+  return "";
+}
+
 void run_row(const ConvAlgo& algo, const ConvCase& test, const std::string& text) {
-  const ConvProblem& prob = test.prob;
+  ConvProblem prob = test.prob;
+  if (algo.layout == repvgg::RowLayout::kNHWC) prob.layout = Layout::kNHWC;
+  const Layout y_layout = algo.layout == repvgg::RowLayout::kToNHWC ? Layout::kNHWC : prob.layout;
   std::snprintf(native::running, sizeof native::running, "%s, %s", algo.name, text.c_str());
   const repvgg::Device device = {true, 0, 1, simt::gpu.capability, simt::gpu.multiprocessors};
-  if (const char* why = algo.refuse(prob, device)) {
-    report(algo.name, text, std::string("\"refused\": \"") + why + "\"");
-    return;
-  }
+  Way way = {};
+  if (!choose_way(algo, prob, device, text, &way)) return;
   const Buffer x("x", prob.N * prob.C * prob.H * prob.W, prob.dtype, guard);
   const Buffer weight("weight", prob.K * prob.group_C() * 9, prob.dtype, guard);
   const Buffer bias("bias", test.bias ? prob.K : 0, prob.dtype, guard);
   const Buffer y("y", prob.N * prob.K * prob.P() * prob.Q(), prob.dtype, guard);
   const Buffer packed("packed weights", algo.packed_bytes(prob) / 2, DType::kFloat16, guard);
-  const Buffer workspace("workspace", algo.workspace(prob, device) / 2, DType::kFloat16, guard);
+  const Buffer workspace("workspace", way.workspace_bytes / 2, DType::kFloat16, guard);
   const std::vector<double> xs = x.fill_random(1, 1);
   const std::vector<double> weights = weight.fill_random(2, 1 / std::sqrt(9.0 * static_cast<double>(prob.group_C())));
   const std::vector<double> biases = bias.fill_random(3, 0.5);
-  const auto in_turn = [](int64_t n, const std::function<void(int64_t)>& f) {
-    for (int64_t i = 0; i < n; ++i) f(i);
-  };
   if (packed.bytes() > 0) algo.pack(prob, {weight.data(), packed.data(), nullptr, in_turn});
   simt::synchronize();
+  simt::launches.clear();
   const std::vector<char> inputs[] = {x.copy(), weight.copy(), bias.copy(), packed.copy()};
-  algo.launch(prob,
-              {x.data(), weight.data(), packed.bytes() > 0 ? packed.data() : nullptr, test.bias ? bias.data() : nullptr,
-               prob.dtype, y.data(), workspace.data(), nullptr, device, in_turn});
+  const void* const packed_data = packed.bytes() > 0 ? packed.data() : nullptr;
+  const void* const bias_data = test.bias ? bias.data() : nullptr;
+  const repvgg::ConvArgs args = {x.data(), weight.data(),    packed_data, bias_data, prob.dtype,
+                                 y.data(), workspace.data(), nullptr,     device,    in_turn};
+  if (way.forced.tile >= 0) {
+    repvgg::cuda::launch_mma(prob, args, way.forced);
+  } else {
+    algo.launch(prob, args);
+  }
   simt::synchronize();
 
-  const bool exact = std::strcmp(algo.name, "direct") == 0, tf32 = is_named(algo, "mma_tf32");
-  const Reference expected = reference(prob, xs, weights, biases, tf32 ? std::ldexp(1, -11) : 0);
+  const bool exact = std::strcmp(algo.name, "direct") == 0, tf32 = std::strcmp(algo.name, "mma_tf32") == 0;
+  // tf32: packing rounds the weights to 11 bits, the hardware cuts the pixels off after 11.
+  const double tf32_error = (1 + std::ldexp(1, -11)) * (1 + std::ldexp(1, -10)) - 1;
+  const Reference expected = reference(prob, y_layout, xs, weights, biases, tf32 ? tf32_error : 0);
   double used = 0;
   std::string wrong = compare("y", y, expected.y, expected.bound, &used);
-  if (exact && wrong.empty()) {
-    for (int64_t i = 0; i < y.size() && wrong.empty(); ++i) {
-      if (std::memcmp(y.floats() + i, &expected.chain[static_cast<size_t>(i)], 4) == 0) continue;
-      char got[100];
-      std::snprintf(got, sizeof got, "y[%" PRId64 "]: got %a, the chain of fused multiply-adds gives %a", i, y.at(i),
-                    double{expected.chain[static_cast<size_t>(i)]});
-      wrong = got;
-    }
+  if (wrong.empty() && exact) wrong = compare_chain(y, expected.chain);
+  if (wrong.empty()) {
+    wrong = check_plan(way.forced.tile < 0 ? algo.plan(prob, device) : way.forced.launch_plan(prob));
   }
   const Buffer* const buffers[] = {&x, &weight, &bias, &packed};
   for (int i = 0; i < 4 && wrong.empty(); ++i) {
     if (!buffers[i]->same(inputs[i])) wrong = "an input was written to";
   }
-  const repvgg::LaunchPlan plan = algo.plan(prob, device);
-  char tile[100];
-  std::snprintf(tile, sizeof tile, ", \"threads\": %d, \"tile\": [%d, %d, %d], \"split\": %d", plan.threads,
-                plan.tile_k, plan.tile_p, plan.tile_q, plan.split);
-  report(algo.name, text, checked(exact ? "bits" : "bound", used, y.hash(), wrong) + tile);
+  report(algo.name, text, checked(exact ? "bits" : "bound", used, y.hash(), wrong) + way.text);
 }
 
 // -------------------------------------------------------------------------------------------------------- fuse_weights
@@ -260,6 +323,11 @@ void set_option(const std::string& name, const std::string& value, std::string* 
     simt::gpu.multiprocessors = std::stoi(value);
   } else if (name == "--guard") {
     guard = choose<Guard>(value, {{"after", Guard::kAfter}, {"before", Guard::kBefore}});
+  } else if (name == "--tile") {
+    forced_tile = std::stoi(value);
+    if (forced_tile >= repvgg::cuda::kMmaTileCount) throw std::invalid_argument("there is no tile " + value);
+  } else if (name == "--split") {
+    forced_split = std::stoi(value);
   } else if (name == "--algorithm") {
     *algorithm = value;
   } else {

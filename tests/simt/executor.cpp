@@ -5,10 +5,9 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
-#include <map>
+#include <cstring>
 #include <random>
 #include <span>
-#include <tuple>
 
 #include "state.h"
 
@@ -30,11 +29,14 @@ struct Launch {
   void* end = nullptr;
 } current;
 
-std::vector<void*> unfinished;  // ends of the launches since the last synchronize, oldest first
+// The launches since the last synchronize, oldest first: their ends, what their threads read.
+std::vector<void*> unfinished;
+std::vector<std::shared_ptr<void>> contexts;
+void* const device_fence = new_object();
 std::vector<std::unique_ptr<Block>> slots;
-std::map<std::tuple<const void*, const Block*>, void*> atomics;  // what was released with an address; Block: its scope
 std::mt19937_64 generator;
-size_t last_warp = 0;  // of all warps of all slots, in their order
+bool block_ended = false;  // then the driver is next, which starts another one
+size_t last_warp = 0;      // of all warps of all slots, in their order
 
 Context& driver() {
   static Context context;
@@ -77,21 +79,23 @@ Thread* next_lane(const Warp& warp) {
 
 [[noreturn]] void report_deadlock() {
   for (const auto& slot : slots) {
-    for (const auto& thread : threads_of(*slot)) {
-      if (!slot->busy || (thread->warp->alive >> thread->lane & 1) == 0) continue;
-      running = thread.get();
-      if (thread->waits_at_barrier) continue;
-      for (const auto& gathering : thread->warp->gatherings) {
-        if ((gathering->arrived >> thread->lane & 1) == 0) continue;
-        diagnose(thread->where,
-                 "deadlock: %s of lanes %08x waits for lanes %08x; %u of the block's %u threads wait at "
-                 "a barrier",
-                 gathering->what->name, gathering->mask, gathering->mask & thread->warp->alive & ~gathering->arrived,
-                 slot->waiting, slot->alive);
+    for (size_t w = 0; slot->alive > 0 && w < warps_per_block(); ++w) {
+      const Warp& warp = *slot->warps[w];
+      if (warp.open == 0) continue;
+      const Gathering& one = *warp.gatherings[0];
+      running = warp.threads[__builtin_ctz(one.arrived)];
+      if (warp.open > 1) {
+        const Gathering& other = *warp.gatherings[1];
+        diagnose(one.where, "the warp diverges: %s (mask %08x, lanes %08x) meets %s (mask %08x, lanes %08x) of line %u",
+                 one.what->name, one.mask, one.arrived, other.what->name, other.mask, other.arrived,
+                 static_cast<unsigned>(other.where.line()));
       }
+      diagnose(one.where,
+               "deadlock: %s of lanes %08x waits for lanes %08x; %u of the block's %u threads wait at a barrier",
+               one.what->name, one.mask, one.mask & warp.alive & ~one.arrived, slot->waiting, slot->alive);
     }
   }
-  diagnose(running->where, "deadlock: the barrier is never reached by all threads");
+  diagnose({}, "deadlock: nothing can run");
 }
 
 void resume(Thread& thread) {
@@ -102,13 +106,9 @@ void resume(Thread& thread) {
 }
 
 void switch_from(Context& context) {
-  bool finished = false;  // a block has ended: the driver starts the next one
-  for (const auto& slot : slots) finished = finished || (slot->busy && slot->alive == 0);
-  Warp* warp = finished ? nullptr : next_warp();
+  Warp* warp = block_ended ? nullptr : next_warp();
   if (warp == nullptr) {
-    bool busy = false;
-    for (const auto& slot : slots) busy = busy || slot->alive > 0;
-    if (!finished && busy) report_deadlock();
+    if (!block_ended) report_deadlock();
     if (&context != &driver()) {
       running = nullptr;
       context.switch_to(driver());
@@ -149,19 +149,28 @@ void end_barrier(Block& block) {
 }
 
 // Does what the warp has gathered for, once every lane of it that is not gone has arrived.
-bool try_complete(Warp& warp, size_t i) {
-  Gathering& gathering = *warp.gatherings[i];
-  if ((gathering.mask & warp.alive & ~gathering.arrived) != 0) return false;
-  if (gathering.what->aligned && gathering.arrived != 0xFFFFFFFFu) {
-    diagnose(gathering.where, "%s by lanes %08x only: it takes the whole warp", gathering.what->name,
-             gathering.arrived);
+bool try_complete(Warp& warp, unsigned i) {
+  Gathering& done = *warp.gatherings[i];
+  if ((done.mask & warp.alive & ~done.arrived) != 0) return false;
+  if (done.what->aligned && done.arrived != 0xFFFFFFFFu) {
+    diagnose(done.where, "%s by lanes %08x only: it takes the whole warp", done.what->name, done.arrived);
   }
-  const std::unique_ptr<Gathering> done = std::move(warp.gatherings[i]);
-  warp.gatherings.erase(warp.gatherings.begin() + static_cast<std::ptrdiff_t>(i));
-  if (done->what->run != nullptr) done->what->run(done->lanes, done->arrived, done->where);
-  warp.runnable |= done->arrived;
+  std::swap(warp.gatherings[i], warp.gatherings[--warp.open]);
+  if (done.what->run != nullptr) done.what->run(done.lanes, done.arrived, done.where);
+  warp.runnable |= done.arrived;
   ++totals.collectives;
   return true;
+}
+
+LaneOrder& order_of(Warp& warp, uint32_t mask, Where where) {
+  for (LaneOrder& order : warp.orders) {
+    if (order.mask == mask) return order;
+    if (order.mask != 0) continue;
+    order.mask = mask;
+    for (void*& object : order.objects) object = new_object();
+    return order;
+  }
+  diagnose(where, "more than 8 different masks of __syncwarp in a warp");
 }
 
 void end_thread() {
@@ -176,8 +185,9 @@ void end_thread() {
   warp.alive &= ~(1u << thread.lane);
   warp.runnable &= ~(1u << thread.lane);
   --block.alive;
+  block_ended = block_ended || block.alive == 0;
   if (block.alive > 0 && block.waiting == block.alive) end_barrier(block);
-  for (size_t i = 0; i < warp.gatherings.size();) i += try_complete(warp, i) ? 0 : 1;
+  for (unsigned i = 0; i < warp.open;) i += try_complete(warp, i) ? 0 : 1;
 }
 
 void thread_main() {
@@ -198,7 +208,9 @@ void prepare_slot(Block& block) {
   for (unsigned i = 0; i < threads; ++i) {
     if (i % 32 == 0) {
       block.warps.push_back(std::make_unique<Warp>());
-      block.warps.back()->block = &block;
+      Warp& warp = *block.warps.back();
+      warp.block = &block;
+      for (int lane = 0; lane < 32; ++lane) warp.gatherings[lane] = &warp.pool[lane];
     }
     Thread& thread = *block.threads[i];
     thread.block = &block;
@@ -216,12 +228,15 @@ void begin_block(Block& block) {
   block.alive = current.shape.block;
   block.waiting = 0;
   for (void*& order : block.order) order = new_object();
-  for (const auto& warp : block.warps) warp->alive = warp->runnable = 0;
+  block.fence = new_object();
+  for (const auto& warp : block.warps) {
+    warp->alive = warp->runnable = 0;
+    for (LaneOrder& order : warp->orders) order = {};
+  }
   for (const auto& thread : threads_of(block)) {
     thread->warp->alive |= 1u << thread->lane;
     thread->waits_at_barrier = false;
     thread->group = 0;
-    for (Ordering& ordering : thread->ordering) ordering = {};
     make_runnable(*thread);
   }
   ++totals.blocks;
@@ -234,6 +249,7 @@ void run_grid() {
     for (const auto& slot : slots) {
       if (slot->busy && slot->alive == 0) {
         running = slot->threads[0].get();
+        launches.back().shared = std::max(launches.back().shared, slot->window.bytes());
         slot->window.end_block(running->where);
         slot->busy = false;
       }
@@ -244,6 +260,7 @@ void run_grid() {
     // The blocks' threads see what the driver did to their memory.
     release(current.start);
     if (!busy) return;
+    block_ended = false;
     switch_from(driver());
   }
 }
@@ -267,19 +284,21 @@ void diagnose(Where where, const char* format, ...) {
   std::_Exit(kDiagnosed);
 }
 
-const char* launch(const char* name, Shape shape, void (*body)(void*), void* context) {
+const char* launch(const char* name, Shape shape, void (*body)(void*), std::shared_ptr<void> context) {
   if (shape.grid < 1 || shape.grid > 0x7FFFFFFF || shape.block < 1 || shape.block > 1024 ||
       shape.dynamic_shared > 227 * 1024) {
     return "invalid configuration argument";
   }
-  current = {name, shape, body, context, 0, new_object(), unfinished, {}, new_object()};
+  current = {name, shape, body, context.get(), 0, new_object(), unfinished, {}, new_object()};
   if (shape.overlap && gpu.capability >= 90 && !unfinished.empty()) {
     current.before.pop_back();
     current.overlap = {unfinished.back()};
   }
   unfinished.push_back(current.end);
+  contexts.push_back(std::move(context));
   gridDim = {shape.grid, 1, 1};
   blockDim = {shape.block, 1, 1};
+  launches.push_back({name, shape.grid, shape.block, 0});
   generator.seed(schedule.seed);
   last_warp = 0;
   slots.resize(std::min(std::max(schedule.blocks_at_once, 1u), shape.grid));
@@ -295,6 +314,7 @@ const char* launch(const char* name, Shape shape, void (*body)(void*), void* con
 void synchronize() {
   for (void* end : unfinished) acquire(end);
   unfinished.clear();
+  contexts.clear();
 }
 
 void wait_for_previous() {
@@ -324,50 +344,51 @@ void collective(const Collective& what, uint32_t mask, void* lane, Where where) 
   const uint32_t me = 1u << thread.lane;
   thread.where = where;
   if ((mask & me) == 0) diagnose(where, "%s: the mask %08x lacks the calling lane", what.name, mask);
-  size_t i = 0;
-  while (i < warp.gatherings.size() && (warp.gatherings[i]->mask & mask) == 0) ++i;
-  if (i == warp.gatherings.size()) {
-    warp.gatherings.push_back(std::make_unique<Gathering>());
-    *warp.gatherings.back() = {&what, where, mask, 0, {}, what.orders ? new_object() : nullptr};
+  // Lanes meet by what they do and with whom; instructions that are "aligned" only with themselves.
+  unsigned i = 0;
+  for (; i < warp.open; ++i) {
+    const Gathering& other = *warp.gatherings[i];
+    if (other.what != &what || other.mask != mask) continue;
+    if (!what.aligned ||
+        (other.where.line() == where.line() && std::strcmp(other.where.file_name(), where.file_name()) == 0)) {
+      break;
+    }
   }
-  Gathering& gathering = *warp.gatherings[i];
-  const bool same_line = gathering.where.line() == where.line() && gathering.where.file_name() == where.file_name();
-  if (gathering.mask != mask || gathering.what != &what || (what.aligned && !same_line)) {
-    diagnose(where, "the warp diverges: %s (mask %08x) meets %s (mask %08x) of line %u", what.name, mask,
-             gathering.what->name, gathering.mask, static_cast<unsigned>(gathering.where.line()));
+  Gathering& mine = *warp.gatherings[i];
+  if (i == warp.open) {
+    ++warp.open;
+    mine.what = &what;
+    mine.where = where;
+    mine.mask = mask;
+    mine.arrived = 0;
   }
-  void* order = gathering.order;
-  if (order != nullptr) release(order);
-  gathering.arrived |= me;
-  gathering.lanes[thread.lane] = lane;
+  void* object = nullptr;
+  if (what.orders) {
+    LaneOrder& order = order_of(warp, mask, where);
+    object = order.objects[order.turn % 2];
+    release(object);
+  }
+  mine.arrived |= me;
+  mine.lanes[thread.lane] = lane;
   warp.runnable &= ~me;
-  try_complete(warp, i);
+  if (try_complete(warp, i) && what.orders) ++order_of(warp, mask, where).turn;
   wait_for_turn();
-  if (order != nullptr) acquire(order);
+  if (what.orders) acquire(object);
 }
 
+// PTX: fence.sc operations are ordered, and each synchronizes with those behind it (section "Memory synchronization");
+// __threadfence is one. Here the order is the one in which they run.
 void fence(Scope scope) {
-  for (int i = 0; i <= static_cast<int>(scope); ++i) {  // a device's fence is a block's too
-    Ordering& ordering = running->ordering[i];
-    if (ordering.observed != nullptr) acquire(ordering.observed);
-    ordering.fenced = new_object();
-    if (ordering.fenced != nullptr) release(ordering.fenced);
+  void* const own = running->block->fence;
+  for (void* object : {own, scope == Scope::kDevice ? device_fence : own}) {
+    acquire(object);
+    release(object);
   }
 }
 
-void before_atomic(const void* address, size_t, Where where) {
-  Thread& thread = *running;
-  thread.where = where;
-  if (schedule.order == Order::kRandom || schedule.blocks_at_once > 1) wait_for_turn();
-  for (int i = 0; i < 2; ++i) {
-    Ordering& ordering = thread.ordering[i];
-    void*& released = atomics[{address, i == static_cast<int>(Scope::kBlock) ? thread.block : nullptr}];
-    if (released == nullptr) released = new_object();
-    if (ordering.observed == nullptr) ordering.observed = new_object();
-    if (released == nullptr) continue;
-    forward(released, ordering.observed);
-    if (ordering.fenced != nullptr) forward(ordering.fenced, released);
-  }
+void before_atomic(Where where) {
+  running->where = where;
+  if (slots.size() > 1) wait_for_turn();  // another block may come first
 }
 
 }  // namespace simt

@@ -9,7 +9,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <source_location>
+#include <vector>
 
 namespace simt {
 
@@ -32,11 +34,18 @@ struct Gpu {
 inline Schedule schedule;
 inline Gpu gpu;
 
-// What a launch did, for the driver's report.
+// What was done, for the driver's report.
 struct Totals {
   uint64_t launches = 0, blocks = 0, threads = 0, barriers = 0, collectives = 0, switches = 0;
 };
 inline Totals totals;
+
+struct LaunchRecord {
+  const char* name;
+  unsigned grid, block;
+  size_t shared;  // bytes of a block, static and dynamic
+};
+inline std::vector<LaunchRecord> launches;  // the driver empties it
 
 // Results of launches may be read, and their inputs overwritten, only after this.
 void synchronize();
@@ -53,8 +62,9 @@ struct Shape {
   unsigned grid, block, dynamic_shared;
   bool overlap;
 };
-// Runs body(context) in every thread. The text of the CUDA error, or nullptr.
-const char* launch(const char* name, Shape shape, void (*body)(void*), void* context);
+// Runs body(context) in every thread; the context lives until the next synchronize. The text of the CUDA error, or
+// nullptr.
+const char* launch(const char* name, Shape shape, void (*body)(void*), std::shared_ptr<void> context);
 // griddepcontrol.wait
 void wait_for_previous();
 
@@ -62,8 +72,8 @@ void block_barrier(Where where);
 
 enum class Scope { kBlock, kDevice };
 void fence(Scope scope);
-// Just before an atomic operation on this address.
-void before_atomic(const void* address, size_t bytes, Where where);
+// Just before an atomic operation.
+void before_atomic(Where where);
 
 // The block's own array for this `site`, made on first use. A site is one RVG_SHARED in one instance of a template.
 void* shared_array(const void* site, const char* name, size_t bytes, Where where);

@@ -20,7 +20,6 @@ void __asan_unpoison_memory_region(const volatile void* begin, size_t size);
 extern "C" {
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned flags);
-void __tsan_destroy_fiber(void* fiber);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void __tsan_acquire(void* object);
 void __tsan_release(void* object);
@@ -150,18 +149,6 @@ void* new_object() {
   return chunk + used++;
 #else
   return nullptr;
-#endif
-}
-
-void forward([[maybe_unused]] void* from, [[maybe_unused]] void* to) {
-#ifdef SIMT_TSAN
-  void* running = __tsan_get_current_fiber();
-  void* carrier = __tsan_create_fiber(0);  // a clock that knows nothing yet
-  __tsan_switch_to_fiber(carrier, kNoSync);
-  __tsan_acquire(from);
-  __tsan_release(to);
-  __tsan_switch_to_fiber(running, kNoSync);
-  __tsan_destroy_fiber(carrier);
 #endif
 }
 

@@ -41,16 +41,16 @@ inline int64_t index(Layout layout, int64_t C, int64_t H, int64_t W, int64_t n, 
 }
 
 struct Reference {
-  std::vector<double> y, bound;  // in the layout of the problem
+  std::vector<double> y, bound;  // in y_layout
   std::vector<float> chain;      // the same as one chain of fused multiply-adds in float, in the order (c, r, s)
 };
 
-// `operand_error`: how far the row rounds each factor of a product, relative to it (tf32: 2^-11).
-inline Reference reference(const ConvProblem& prob, const std::vector<double>& x, const std::vector<double>& weight,
-                           const std::vector<double>& bias, double operand_error) {
+// `product_error`: how far rounding its factors moves a product, relative to it.
+inline Reference reference(const ConvProblem& prob, Layout y_layout, const std::vector<double>& x,
+                           const std::vector<double>& weight, const std::vector<double>& bias, double product_error) {
   const int64_t P = prob.P(), Q = prob.Q(), C = prob.group_C();
   const double u = std::ldexp(1, -24), terms = static_cast<double>(9 * C + 1), gamma = terms * u / (1 - terms * u);
-  const double factor = gamma * std::pow(1 + operand_error, 2) + 2 * operand_error + operand_error * operand_error;
+  const double factor = gamma * (1 + product_error) + product_error;
   const double u_out = unit_roundoff(prob.dtype), least = smallest_normal(prob.dtype);
   const bool relu = prob.activation == repvgg::Activation::kRelu;
   Reference result;
@@ -80,7 +80,7 @@ inline Reference reference(const ConvProblem& prob, const std::vector<double>& x
     chain += static_cast<float>(b);
     double bound = factor * absolute;
     if (prob.dtype != DType::kFloat32) bound = bound * (1 + 2 * u_out) + 2 * u_out * absolute + least * u_out * 2;
-    const auto at = static_cast<size_t>(index(prob.layout, prob.K, P, Q, n, k, p, q));
+    const auto at = static_cast<size_t>(index(y_layout, prob.K, P, Q, n, k, p, q));
     result.y[at] = relu && sum < 0 ? 0 : sum;
     result.bound[at] = bound;
     result.chain[at] = relu && chain < 0 ? 0 : chain;

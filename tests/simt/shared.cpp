@@ -56,22 +56,20 @@ void Window::begin_block(unsigned dynamic_bytes) {
 }
 
 void Window::end_block(Where where) {
-  uint32_t free = 0;
-  for (const Allocation& allocation : allocations_) {
-    for (uint32_t i = free; i < allocation.begin; ++i) {
+  uint32_t free = 0;  // where the bytes of nobody before an array begin
+  const auto check = [&](uint32_t end) {
+    for (uint32_t i = free; i < end; ++i) {
       if (static_cast<uint8_t>(base_[i]) == kFill) continue;
       char text[120];
       describe(i, text, sizeof text);
       diagnose(where, "something wrote outside the shared arrays: %s", text);
     }
+  };
+  for (const Allocation& allocation : allocations_) {
+    check(allocation.begin);
     free = allocation.begin + allocation.bytes;
   }
-  for (uint32_t i = free; i < used_; ++i) {
-    if (static_cast<uint8_t>(base_[i]) == kFill) continue;
-    char text[120];
-    describe(i, text, sizeof text);
-    diagnose(where, "something wrote outside the shared arrays: %s", text);
-  }
+  check(used_);
   for (const Allocation& allocation : allocations_) {
     fill(base_ + allocation.begin, allocation.bytes);  // to the next multiple of 8: nobody's
     forbid(base_ + allocation.begin, allocation.bytes);
@@ -113,6 +111,12 @@ char* Window::pointer(uint32_t address, unsigned bytes, Where where) const {
   char text[120];
   describe(address, text, sizeof text);
   diagnose(where, "access outside the shared arrays: %u bytes at %s", bytes, text);
+}
+
+size_t Window::bytes() const {
+  size_t sum = 0;
+  for (const Allocation& allocation : allocations_) sum += allocation.bytes;
+  return sum;
 }
 
 void Window::describe(uint32_t address, char* text, size_t size) const {

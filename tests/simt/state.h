@@ -11,12 +11,6 @@
 
 namespace simt {
 
-// What a thread sees of memory order at one scope. Objects are those of acquire and release.
-struct Ordering {
-  void* fenced = nullptr;    // what the last fence publishes with the atomic operations behind it
-  void* observed = nullptr;  // what atomic operations have read and the next fence acquires
-};
-
 struct Block;
 struct Warp;
 
@@ -29,8 +23,7 @@ struct Thread {
   bool waits_at_barrier = false;
   Where where;  // what it waits for, or waited for last
   std::vector<Copy> copies;
-  uint64_t group = 0;    // of the copies started now
-  Ordering ordering[2];  // by Scope
+  uint64_t group = 0;  // of the copies started now
 };
 
 // A warp collective that some lanes have reached.
@@ -39,14 +32,25 @@ struct Gathering {
   Where where;
   uint32_t mask, arrived;
   void* lanes[32];
-  void* order;  // acquired by the lanes that leave
+};
+
+// The objects that lanes of a mask release and acquire, in turn: see Block::order.
+struct LaneOrder {
+  uint32_t mask = 0;
+  unsigned turn = 0;
+  void* objects[2] = {};
 };
 
 struct Warp {
   Block* block;
   uint32_t alive, runnable;  // lanes
   Thread* threads[32];
-  std::vector<std::unique_ptr<Gathering>> gatherings;
+  // Those before `open` wait for lanes; each lane is in one of them at most. Fibers do not allocate here, nor copy
+  // structures: ThreadSanitizer would take malloc and memcpy for accesses of theirs.
+  Gathering* gatherings[32];
+  unsigned open = 0;
+  Gathering pool[32];
+  LaneOrder orders[8];
 };
 
 struct Allocation {
@@ -65,7 +69,8 @@ class Window {
   char* dynamic(Where where);
   uint32_t offset(const void* pointer, Where where) const;
   char* pointer(uint32_t address, unsigned bytes, Where where) const;
-  // The array at this byte, or nullptr: "4 bytes past tile_x".
+  size_t bytes() const;  // of all arrays
+  // "byte 1028 of tile_x (1024 bytes)"
   void describe(uint32_t address, char* text, size_t size) const;
 
  private:
@@ -80,6 +85,7 @@ struct Block {
   bool busy = false;
   unsigned index = 0, alive = 0, waiting = 0;
   uint64_t barriers = 0;
+  void* fence = nullptr;  // released and acquired by its threads' fences
   void* order[2] = {};  // of even and odd barriers: a fast thread's next release must not reach a slow thread's acquire
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<std::unique_ptr<Warp>> warps;

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -31,6 +32,7 @@ struct LaunchShape {
 // A kernel with its parameters, which every thread copies.
 template <class... Params>
 struct Call {
+  Call(void (*kernel)(Params...), std::tuple<Params...> params) : kernel(kernel), params(std::move(params)) {}
   void (*kernel)(Params...);
   std::tuple<Params...> params;
 
@@ -43,9 +45,9 @@ struct Call {
 
 template <class... Params, class... Args>
 void launch_kernel(const char* name, void (*kernel)(Params...), LaunchShape shape, void*, const Args&... args) {
-  Call<Params...> call = {kernel, std::tuple<Params...>(static_cast<Params>(args)...)};
+  auto call = std::make_shared<Call<Params...>>(kernel, std::tuple<Params...>(static_cast<Params>(args)...));
   if (const char* error = simt::launch(name, {shape.grid, shape.block, shape.dynamic_shared, shape.overlap},
-                                       Call<Params...>::run, &call)) {
+                                       Call<Params...>::run, std::move(call))) {
     throw std::runtime_error(std::string(name) + ": CUDA error: " + error);
   }
 }
@@ -241,6 +243,12 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
   };
   return encode(low) | encode(high) << 16;
 }
+
+__device__ __forceinline__ float load_float(const void* data, DType dtype, int64_t i) {
+  return static_cast<float>(load_double(data, dtype, i));
+}
+
+__device__ __forceinline__ int computed_again(int value) { return value; }
 
 __device__ __forceinline__ uint32_t float_bits(float value) { return __float_as_uint(value); }
 __device__ __forceinline__ float bits_float(uint32_t bits) { return __uint_as_float(bits); }
