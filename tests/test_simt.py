@@ -284,7 +284,7 @@ FUSE_CASES = tuple(
         (8, 3, "1,0,0,none,none"),
         (6, 2, "4,1,1,bn,none"),
     )
-)
+) + ("fuse,12,12,float16,1,1,1,bn,none+fuse,5,40,float32,2,1,0,bn,bn+fuse,7,4,bfloat16,1,0,0,bn,none",)
 #: Channels that fill tensor-core tiles and pipelines, with ragged edges around them.
 DEEP_CASES = (
     Case("deep", 1, 64, 9, 11, 128),

@@ -30,7 +30,7 @@ class Mode:
 _ASAN = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 _FORMAT = "stack_trace_format='    #%n %S'"  # names of instances of templates fill pages
 MODES = {
-    "plain": Mode(("-O2",)),
+    "plain": Mode(("-O1",)),
     "asan": Mode(
         ("-O1", *_ASAN),
         "SIMT_ASAN",
@@ -58,25 +58,40 @@ def _tune() -> str:
     return "-march=native" if platform.machine() == "x86_64" else "-mcpu=native"
 
 
-def write_ninja(folder: Path, mode: str, programs: dict[str, Sequence[Path]], csrc: Path) -> None:
-    """build.ninja: each program of its own sources and the executor's. ``.cu`` files are C++ here."""
+def compile_command(mode: str, kind: str, csrc: Path = CSRC) -> str:
+    """The compiler's call for a source of this kind: "kernel" (a kernel or a program that runs them) or "executor"."""
     how = MODES[mode]
+    own = " ".join(how.flags) if kind == "kernel" else f"-O2 {'-D' * bool(how.define)}{how.define}"
     # -ffp-contract=off: a multiplication and an addition are one operation only where a kernel says fmaf.
-    cxx = (
-        f"{compiler()} -std=c++20 -g1 -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off {_tune()} "
-        f"-I{SIMT} -I{csrc} -MMD -MF $out.d "
+    # -fno-strict-aliasing: shared memory is an array of one type and used as several.
+    semantics = "-ffp-contract=off -fno-strict-aliasing"
+    return (
+        f"{compiler()} -std=c++20 -g1 -Wall -Wextra -Wno-unknown-pragmas {semantics} {_tune()} {own} "
+        f"-I{SIMT} -I{csrc} -x c++ -c"
     )
+
+
+def link_command(mode: str) -> str:
+    return f"{compiler()} {' '.join(MODES[mode].link)}"
+
+
+def object_name(source: Path) -> str:
+    return f"{source.parent.name}.{source.name}.o"
+
+
+def write_ninja(folder: Path, mode: str, programs: dict[str, Sequence[Path]], csrc: Path) -> None:
+    """build.ninja: each program of its own sources and the executor's."""
     lines = [
-        f"rule kernel\n  command = {cxx} {' '.join(how.flags)} -x c++ -c $in -o $out",
-        f"rule executor\n  command = {cxx} -O2 {'-D' * bool(how.define)}{how.define} -c $in -o $out",
-        f"rule link\n  command = {compiler()} {' '.join(how.link)} $in -o $out",
+        f"rule {kind}\n  command = {compile_command(mode, kind, csrc)} -MMD -MF $out.d $in -o $out\n"
+        "  depfile = $out.d\n  deps = gcc"
+        for kind in ("kernel", "executor")
     ]
-    lines = [line + "\n  depfile = $out.d\n  deps = gcc" * ("-MMD" in line) for line in lines]
+    lines.append(f"rule link\n  command = {link_command(mode)} $in -o $out")
     objects = [f"{name}.executor.o" for name in EXECUTOR]
     lines += [f"build {target}: executor {SIMT / name}.cpp" for target, name in zip(objects, EXECUTOR, strict=True)]
     seen = set()
     for program, sources in programs.items():
-        own = [f"{source.parent.name}.{source.name}.o" for source in sources]
+        own = [object_name(source) for source in sources]
         for target, source in zip(own, sources, strict=True):
             if target not in seen:
                 lines.append(f"build {target}: kernel {source}")

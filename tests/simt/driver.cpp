@@ -148,6 +148,9 @@ struct Way {
 bool choose_way(const ConvAlgo& algo, const ConvProblem& prob, const repvgg::Device& device, const std::string& text,
                 Way* way) {
   const char* why = algo.refuse(prob, device);
+  if (why == nullptr && algo.layout == repvgg::RowLayout::kNHWC && prob.layout != Layout::kNHWC) {
+    why = "x must be channels_last here: ops/ converts it for this row";
+  }
   if (why == nullptr && forced_tile >= 0 && is_named(algo, "mma")) {
     if (repvgg::cuda::mma_tile_fits(repvgg::cuda::kMmaTiles[forced_tile], prob)) {
       way->forced = repvgg::cuda::plan_mma_tile(forced_tile, forced_split, prob, device);
