@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from simt import build
+from simt import harness
 
 from repvgg_cuda import testing
 from repvgg_cuda.testing import Case
@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
     pytest.mark.simt,
     pytest.mark.skipif(sys.platform != "linux", reason="the executor uses Linux's mmap and GCC's sanitizers"),
-    pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler (install g++ or set CXX)"),
+    pytest.mark.skipif(harness.compiler() is None, reason="no C++ compiler (install g++ or set CXX)"),
 ]
 
 Programs = Callable[[str], dict[str, Path]]
@@ -41,7 +41,7 @@ def programs() -> Programs:
     def get(mode: str) -> dict[str, Path]:
         if mode not in built:
             try:
-                built[mode] = build.build(ROOT / "build" / "simt" / mode, mode, ("driver", "selftest", "probes"))
+                built[mode] = harness.build(ROOT / "build" / "simt" / mode, mode, ("driver", "selftest", "probes"))
             except subprocess.CalledProcessError as error:
                 pytest.fail(f"the {mode} build fails\n{error.output}", pytrace=False)
         return built[mode]
@@ -69,17 +69,17 @@ def expected_exit(mode: str, expectation: str) -> tuple[int, str] | None:
     return (EXIT["diagnosis"], pattern) if pattern else None
 
 
-@pytest.mark.parametrize("mode", build.MODES)
+@pytest.mark.parametrize("mode", harness.MODES)
 def test_planted_bugs_are_reported(mode: str, programs: Programs) -> None:
     program = programs(mode)["selftest"]
     problems = []
-    for line in build.run(mode, program).stdout.splitlines():
+    for line in harness.run(mode, program).stdout.splitlines():
         name, expectation = line.split("\t")
         expected = expected_exit(mode, expectation)
         if expected is None:
             continue
         for order, blocks in ORDERS[mode]:
-            result = build.run(mode, program, name, order, str(blocks))
+            result = harness.run(mode, program, name, order, str(blocks))
             right = result.returncode == expected[0] and re.search(expected[1], result.stderr)
             if not right or (expected[0] != 0 and "selftest.cu" not in result.stderr):
                 problems.append(f"{name}, {order}: {expectation} expected, exit {result.returncode}\n{result.stderr}")
@@ -145,7 +145,7 @@ def check_mma(words: np.ndarray, out: np.ndarray, kind: str) -> None:
 
 @pytest.fixture(scope="module", params=[75, 80])
 def probes(request: pytest.FixtureRequest, programs: Programs) -> dict[str, Any]:
-    result = build.run("plain", programs("plain")["probes"], str(request.param))
+    result = harness.run("plain", programs("plain")["probes"], str(request.param))
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout)["probes"]
     return {
@@ -236,9 +236,9 @@ def test_probes_compile_for_gpus(arch: str, tmp_path: Path) -> None:
     nvcc = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if nvcc is None:
         pytest.skip("no nvcc")
-    flags = ("-std=c++20", f"-arch={arch}", "-Werror", "all-warnings", f"-I{build.CSRC}", "-c")
+    flags = ("-std=c++20", f"-arch={arch}", "-Werror", "all-warnings", f"-I{harness.CSRC}", "-c")
     result = subprocess.run(
-        [nvcc, *flags, build.SIMT / "probes.cu", "-o", tmp_path / "probes.o"], capture_output=True, text=True
+        [nvcc, *flags, harness.SIMT / "probes.cu", "-o", tmp_path / "probes.o"], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -297,7 +297,7 @@ ALL_CASES = (*testing.EDGE_CASES, *DEEP_CASES, *testing.REPVGG_LAYERS)
 
 def drive(mode: str, program: Path, cases: list[str], *options: str) -> dict[tuple[str, str], dict[str, Any]]:
     """Runs the cases and returns the line of every row and case; fails on any report."""
-    result = build.run(mode, program, *options, *cases)
+    result = harness.run(mode, program, *options, *cases)
     lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
     wrong = [line for line in lines if not line.get("ok", True)]
     shown = "\n".join([*map(str, wrong[:5]), result.stderr[:5000]])
@@ -318,7 +318,7 @@ def test_every_order_of_threads(programs: Programs, record_property: Callable[[s
     """Every row and dtype, in three orders of threads and two of blocks, ends with the same, right bits."""
     cases = [*conv_cases(ALL_CASES, 20), *FUSE_CASES]
     program = programs("plain")["driver"]
-    forward = drive("plain", program, cases, "--schedule", "forward", "--guard", "before")
+    forward = drive("plain", program, cases, "--schedule", "forward", "--guard", "before", "--reach", "yes")
     for options in (("backward", "--blocks-at-once", "3"), ("random:1", "--blocks-at-once", "6")):
         other = drive("plain", program, cases, "--schedule", *options)
         assert {key: line.get("bits") for key, line in other.items()} == {

@@ -4,6 +4,7 @@
 //   driver [option value ...] case ...
 //     --schedule forward | backward | random:SEED   --blocks-at-once N   --capability 80   --multiprocessors 108
 //     --algorithm NAME (default: every row)         --guard after | before
+//     --reach yes: also with a NaN in one pixel, which may reach the outputs that see it and no others
 //     --tile I, --split N: of the tensor-core rows, instead of what they would choose
 //   case: N,C,H,W,K,stride,groups,dtype,layout,activation,bias|none     as 2,5,7,9,6,1,1,float32,nhwc,relu,bias
 //     or  fuse,K,C,dtype,3x3 branches,1x1 branches,identities,bn|none,bn of the sum|none     several joined by +: one
@@ -11,6 +12,7 @@
 //
 // Prints a JSON object per row and case. Exit status: 0 all is well, 1 a result is wrong, 2 usage, 3 an access outside
 // a buffer, 4 a diagnosis of the executor.
+#include <array>
 #include <cinttypes>
 #include <memory>
 #include <stdexcept>
@@ -19,6 +21,7 @@
 #include "buffers.h"
 #include "core/conv_algo.h"
 #include "cuda/algos.h"
+#include "cuda/device.cuh"
 #include "cuda/mma_plan.h"
 #include "executor.h"
 
@@ -28,6 +31,7 @@ namespace {
 using repvgg::ConvAlgo;
 
 Guard guard = Guard::kAfter;
+bool with_reach = false;
 int forced_tile = -1, forced_split = 1;
 int failures = 0;
 
@@ -184,6 +188,41 @@ std::string compare_chain(const Buffer& y, const std::vector<float>& chain) {
   return "";
 }
 
+// What a network's stream has before a layer: it writes x, and reads what y held. A launch that may overlap with it has
+// to wait before it touches either.
+__global__ void previous_layer_kernel(const char* from, char* x, int64_t x_bytes, const char* y, int64_t y_bytes) {
+  for (int64_t i = threadIdx.x; i < x_bytes; i += blockDim.x) x[i] = from[i];
+  volatile char read = 0;
+  for (int64_t i = threadIdx.x; i < y_bytes; i += blockDim.x) read = y[i];
+  (void)read;
+}
+
+void run_previous_layer(const std::vector<char>& from, const Buffer& x, const Buffer& y) {
+  x.poison();
+  repvgg::cuda::launch_kernel("the previous layer", previous_layer_kernel, {1, 32}, nullptr, from.data(),
+                              static_cast<char*>(x.data()), static_cast<int64_t>(x.bytes()),
+                              static_cast<const char*>(y.data()), static_cast<int64_t>(y.bytes()));
+}
+
+// The first output that a NaN in one pixel of x did not reach though it should, or reached though it should not.
+std::string compare_reach(const ConvProblem& prob, Layout y_layout, const std::array<int64_t, 4>& pixel,
+                          const Buffer& with_nan, const std::vector<char>& without) {
+  const int64_t P = prob.P(), Q = prob.Q(), bytes = element_size(prob.dtype);
+  const auto [n, c, h, w] = pixel;
+  for (int64_t i = 0; i < with_nan.size(); ++i) {
+    const int64_t q = i % Q, p = i / Q % P, k = i / Q / P % prob.K, image = i / Q / P / prob.K;
+    const bool sees = image == n && k / prob.group_K() == c / prob.group_C() && std::abs(p * prob.stride - h) <= 1 &&
+                      std::abs(q * prob.stride - w) <= 1;
+    const int64_t at = index(y_layout, prob.K, P, Q, image, k, p, q);
+    const bool same = std::memcmp(static_cast<const char*>(with_nan.data()) + at * bytes, without.data() + at * bytes,
+                                  static_cast<size_t>(bytes)) == 0;
+    if (sees ? !std::isnan(with_nan.at(at)) : !same) {
+      return "a NaN in a pixel " + std::string(sees ? "does not reach y[" : "reaches y[") + std::to_string(at) + "]";
+    }
+  }
+  return "";
+}
+
 void run_row(const ConvAlgo& algo, const ConvCase& test, const std::string& text) {
   ConvProblem prob = test.prob;
   if (algo.layout == repvgg::RowLayout::kNHWC) prob.layout = Layout::kNHWC;
@@ -209,12 +248,16 @@ void run_row(const ConvAlgo& algo, const ConvCase& test, const std::string& text
   const void* const bias_data = test.bias ? bias.data() : nullptr;
   const repvgg::ConvArgs args = {x.data(), weight.data(),    packed_data, bias_data, prob.dtype,
                                  y.data(), workspace.data(), nullptr,     device,    in_turn};
-  if (way.forced.tile >= 0) {
-    repvgg::cuda::launch_mma(prob, args, way.forced);
-  } else {
-    algo.launch(prob, args);
-  }
-  simt::synchronize();
+  const auto launch = [&](const std::vector<char>& from) {
+    run_previous_layer(from, x, y);
+    if (way.forced.tile >= 0) {
+      repvgg::cuda::launch_mma(prob, args, way.forced);
+    } else {
+      algo.launch(prob, args);
+    }
+    simt::synchronize();
+  };
+  launch(inputs[0]);
 
   const bool exact = std::strcmp(algo.name, "direct") == 0, tf32 = std::strcmp(algo.name, "mma_tf32") == 0;
   // tf32: packing rounds the weights to 11 bits, the hardware cuts the pixels off after 11.
@@ -230,7 +273,18 @@ void run_row(const ConvAlgo& algo, const ConvCase& test, const std::string& text
   for (int i = 0; i < 4 && wrong.empty(); ++i) {
     if (!buffers[i]->same(inputs[i])) wrong = "an input was written to";
   }
-  report(algo.name, text, checked(exact ? "bits" : "bound", used, y.hash(), wrong) + way.text);
+  const uint64_t hash = y.hash();
+  if (wrong.empty() && with_reach) {
+    const std::array<int64_t, 4> pixel = {prob.N / 2, prob.C - 1, prob.H / 2, prob.W / 3};
+    const int64_t at = index(prob.layout, prob.C, prob.H, prob.W, pixel[0], pixel[1], pixel[2], pixel[3]);
+    const std::vector<char> before = y.copy();
+    std::vector<char> from = inputs[0];
+    repvgg::store_double(from.data(), prob.dtype, at, std::nan(""));
+    workspace.poison();
+    launch(from);
+    wrong = compare_reach(prob, y_layout, pixel, y, before);
+  }
+  report(algo.name, text, checked(exact ? "bits" : "bound", used, hash, wrong) + way.text);
 }
 
 // -------------------------------------------------------------------------------------------------------- fuse_weights
@@ -326,6 +380,8 @@ void set_option(const std::string& name, const std::string& value, std::string* 
     simt::gpu.multiprocessors = std::stoi(value);
   } else if (name == "--guard") {
     guard = choose<Guard>(value, {{"after", Guard::kAfter}, {"before", Guard::kBefore}});
+  } else if (name == "--reach") {
+    with_reach = value == "yes";
   } else if (name == "--tile") {
     forced_tile = std::stoi(value);
     if (forced_tile >= repvgg::cuda::kMmaTileCount) throw std::invalid_argument("there is no tile " + value);

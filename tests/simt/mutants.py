@@ -7,8 +7,8 @@
     python tests/simt/mutants.py --list          names and what is planted
 
 Every barrier, fence and wait of every kernel is dropped or weakened without being listed; mutant_table.py lists the
-other bugs, and those that change nothing, with the reason. Exit status: 0 all is as the tables say, 1 a mutant survives,
-or one that is listed as equivalent is reported.
+other bugs, and those that change nothing, with the reason. Exit status: 0 all is as the tables say, 1 a mutant
+survives, or one that is listed as equivalent is reported.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import build
-import mutant_table
+from simt import harness, mutant_table
 
-ROOT = build.SIMT.parent.parent
+ROOT = harness.SIMT.parent.parent
 BASE = ROOT / "build" / "simt"
 
 
@@ -88,7 +87,7 @@ def all_mutants() -> list[Mutant]:
 
 
 def _everywhere() -> Iterator[Mutant]:
-    for path in sorted((build.CSRC / "cuda").glob("*.cu*")):
+    for path in sorted((harness.CSRC / "cuda").glob("*.cu*")):
         if path.name == "device.cuh":
             continue  # its place is taken by the stand-in; the probes are its tests
         text = path.read_text()
@@ -114,13 +113,13 @@ def _everywhere() -> Iterator[Mutant]:
 
 def _listed() -> Iterator[Mutant]:
     for entry in mutant_table.LISTED:
-        path = build.CSRC / "cuda" / entry.file
+        path = harness.CSRC / "cuda" / entry.file
         text = path.read_text() if path.exists() else ""
         places = [at.start() for at in re.finditer(re.escape(entry.code), text)]
         if len(places) != 1:
             raise LookupError(
-                f"mutant_table.py, {entry.file}, {entry.plants!r}: the code {entry.code!r} is there {len(places)} times "
-                "instead of once: the kernel has changed, change the entry too"
+                f"mutant_table.py, {entry.file}, {entry.plants!r}: {entry.code!r} is there {len(places)} times, "
+                "not once: the kernel has changed, change the entry too"
             )
         line = text.count("\n", 0, places[0]) + 1
         end = places[0] + len(entry.code)
@@ -137,7 +136,7 @@ class Bench:
         self._includes: dict[str, dict[str, str]] = {}
 
     def prepare(self, mode: str) -> None:
-        build.build(BASE / mode, mode, ("driver",))
+        harness.build(BASE / mode, mode, ("driver",))
         import ninja
 
         listed = subprocess.run(
@@ -151,30 +150,34 @@ class Bench:
     def units(self, mode: str, file: str) -> list[Path]:
         """The sources that have to be compiled again for a change of this file."""
         if file in mutant_table.UNITS:
-            return [build.CSRC / "cuda" / name for name in mutant_table.UNITS[file]]
-        kernels = sorted((build.CSRC / "cuda").glob("*.cu"))
+            return [harness.CSRC / "cuda" / name for name in mutant_table.UNITS[file]]
+        kernels = sorted((harness.CSRC / "cuda").glob("*.cu"))
         return [
-            source for source in kernels if f"/cuda/{file}\n" in self._includes[mode][build.object_name(source)] + "\n"
+            source
+            for source in kernels
+            if f"/cuda/{file}\n" in self._includes[mode][harness.object_name(source)] + "\n"
         ]
 
     def compile(self, mode: str, mutant: Mutant, folder: Path) -> Path:
         csrc = folder / "csrc"
         if not csrc.exists():
-            shutil.copytree(build.CSRC, csrc)
+            shutil.copytree(harness.CSRC, csrc)
             target = csrc / "cuda" / mutant.file
             text = target.read_text()
             target.write_text(text[: mutant.begin] + mutant.text + text[mutant.end :])
         objects = {path.name: path for path in (BASE / mode).glob("*.executor.o")}
-        for source in build.programs_of()["driver"]:
-            objects[build.object_name(source)] = BASE / mode / build.object_name(source)
+        for source in harness.programs_of()["driver"]:
+            objects[harness.object_name(source)] = BASE / mode / harness.object_name(source)
         for source in self.units(mode, mutant.file):
             changed = csrc / "cuda" / source.name
-            built = folder / f"{mode}.{build.object_name(changed)}"
-            command = f"{build.compile_command(mode, 'kernel', csrc)} {changed} -o {built}"
-            subprocess.run(shlex.split(command), check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            objects[build.object_name(source)] = built
+            built = folder / f"{mode}.{harness.object_name(changed)}"
+            command = f"{harness.compile_command(mode, 'kernel', csrc)} {changed} -o {built}"
+            subprocess.run(
+                shlex.split(command), check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+            objects[harness.object_name(source)] = built
         program = folder / f"driver-{mode}"
-        link = shlex.split(build.link_command(mode))
+        link = shlex.split(harness.link_command(mode))
         subprocess.run([*link, *map(str, objects.values()), "-o", program], check=True)
         return program
 
@@ -193,7 +196,7 @@ class Bench:
             for order in orders:
                 for options, cases in mutant_table.runs(mutant.file):
                     try:
-                        result = build.run(mode, program, *shlex.split(order), *options, *cases, timeout=300)
+                        result = harness.run(mode, program, *shlex.split(order), *options, *cases, timeout=300)
                     except subprocess.TimeoutExpired:
                         return "timeout", f"{mode}, {order}"
                     if result.returncode != 0:
@@ -203,7 +206,14 @@ class Bench:
 
 #: In this order: the cheap ones first. The first that reports ends the trial.
 CHECKS = (
-    ("plain", ("--schedule forward", "--schedule backward --blocks-at-once 3", "--schedule random:5 --blocks-at-once 4")),
+    (
+        "plain",
+        (
+            "--schedule forward --reach yes",
+            "--schedule backward --blocks-at-once 3",
+            "--schedule random:5 --blocks-at-once 4",
+        ),
+    ),
     ("tsan", ("--schedule random:6 --blocks-at-once 2 --capability 90",)),
     ("asan", ("--schedule forward", "--schedule forward --guard before")),
 )
@@ -223,7 +233,7 @@ def check_clean(bench: Bench, files: Sequence[str]) -> None:
         for mode, orders in CHECKS:
             for order in orders:
                 for options, cases in mutant_table.runs(file):
-                    result = build.run(mode, BASE / mode / "driver", *shlex.split(order), *options, *cases)
+                    result = harness.run(mode, BASE / mode / "driver", *shlex.split(order), *options, *cases)
                     if result.returncode != 0:
                         command = f"{mode} {order} {' '.join([*options, *cases])}"
                         raise RuntimeError(f"{file} without a mutant: {command}\n{result.stdout}{result.stderr}")
@@ -245,7 +255,9 @@ def table(outcomes: Sequence[Outcome]) -> str:
     for outcome in real:
         checker = outcome.caught.split(":")[0] or "nothing"
         by_checker[checker] = by_checker.get(checker, 0) + 1
-    lines.append("By the first that reported: " + ", ".join(f"{n} {name}" for name, n in sorted(by_checker.items())) + ".")
+    lines.append(
+        "By the first that reported: " + ", ".join(f"{n} {name}" for name, n in sorted(by_checker.items())) + "."
+    )
     return "\n".join(lines)
 
 

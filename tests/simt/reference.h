@@ -47,8 +47,7 @@ struct Reference {
 
 // `product_error`: how far rounding its factors moves a product, relative to it.
 inline Reference reference(const ConvProblem& prob, Layout y_layout, const std::vector<double>& x,
-                           const std::vector<double>& weight, const std::vector<double>& bias, Layout y_layout,
-                           double product_error) {
+                           const std::vector<double>& weight, const std::vector<double>& bias, double product_error) {
   const int64_t P = prob.P(), Q = prob.Q(), C = prob.group_C();
   const double u = std::ldexp(1, -24), terms = static_cast<double>(9 * C + 1), gamma = terms * u / (1 - terms * u);
   const double factor = gamma * (1 + product_error) + product_error;

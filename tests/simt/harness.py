@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Compiles the CUDA kernels for the CPU: ``python tests/simt/build.py --mode asan build/simt-asan``."""
+"""Compiles the CUDA kernels for the CPU: ``python tests/simt/harness.py --mode asan build/simt-asan``."""
 
 from __future__ import annotations
 
