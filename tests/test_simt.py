@@ -338,7 +338,7 @@ def tiles() -> list[tuple[int, int, bool, bool]]:
 
 @pytest.mark.parametrize("tile", range(len(tiles())))
 def test_every_tensor_core_tile(tile: int, programs: Programs) -> None:
-    """Whole tiles and ragged ones; chunks that are full, padded and, with two groups, both; bits repeat without order."""
+    """Whole tiles and ragged ones, full chunks and padded ones, groups; the same bits in every order of threads."""
     channels, stride, joined, split = tiles()[tile]
     ragged = channels + 24 if channels % 32 == 0 else channels - 8
     width = 15 if joined else 19
