@@ -6,7 +6,9 @@ PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --quiet
 SOURCES := setup.py $(wildcard csrc/*/*)
 
-.PHONY: demo test lint format cuda-build clean
+OUT    ?= gpu-check
+
+.PHONY: demo test gpu-check lint format cuda-build cuda-objects static-baseline clean
 
 demo: $(VENV)/.built
 	$(PY) -m repvgg_cuda demo
@@ -14,24 +16,35 @@ demo: $(VENV)/.built
 test: $(VENV)/.built
 	$(PY) -m pytest
 
+# On a machine with an NVIDIA GPU and nvcc, in 8 minutes: what the CUDA kernels are worth there. docs/gpu-check.md
+gpu-check: export TORCH_CUDA_ARCH_LIST = $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -u)
+gpu-check: $(VENV)/.built
+	$(PY) -m repvgg_cuda gpu-check --out $(OUT)
+
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*/* tests/native/*)
+	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*/* tests/native/* tests/static/*.cpp)
 	$(PY) tests/check_includes.py
 	$(PY) -m mypy
 
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/clang-format -i $(wildcard csrc/*/* tests/native/*)
+	$(VENV)/bin/clang-format -i $(wildcard csrc/*/* tests/native/* tests/static/*.cpp)
 
 # Every default architecture, warnings and register spills are errors; then what the binary holds is checked.
-cuda-build: $(VENV)/.dev
+cuda-build: cuda-objects
+	REPVGG_CUDA_GATE=build/cuda-gate $(PY) -m pytest tests/static
+
+# The baseline of the installed compiler becomes what it makes of the kernels now: look at `git diff tests/static`.
+static-baseline: cuda-objects
+	$(PY) tests/static/report.py --write-baseline build/cuda-gate
+
+cuda-objects: $(VENV)/.dev
 	rm -rf build/cuda-gate && mkdir -p build/cuda-gate
 	REPVGG_CUDA_BUILD=cuda REPVGG_CUDA_WERROR=1 TORCH_CUDA_ARCH_LIST= $(PY) setup.py --quiet \
 		build_ext --build-lib build/cuda-gate --build-temp build/cuda-gate/objects
-	REPVGG_CUDA_GATE=build/cuda-gate $(PY) -m pytest tests/static
 
 # torch first: which build of it is installed (CPU or CUDA) is the user's choice, and an existing one is kept.
 $(VENV)/.stamp: pyproject.toml
@@ -41,11 +54,14 @@ $(VENV)/.stamp: pyproject.toml
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.built
-	$(PIP) ruff mypy clang-format types-setuptools nvidia-cuda-cuobjdump
+	$(PIP) ruff mypy clang-format types-setuptools nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm
+	$(PIP) sentryward==0.1.1 || echo "no sentryward for this machine: tests/static/test_sync.py will be skipped"
 	touch $@
 
+# The torch that is there stays: without the constraint a dependency of the tests could replace it by another build.
 $(VENV)/.built: $(VENV)/.stamp $(SOURCES)
-	$(PIP) --no-build-isolation -e ".[test]"
+	$(PY) -c "import torch; print('torch==' + torch.__version__)" > $(VENV)/constraints.txt
+	$(PIP) --constraint $(VENV)/constraints.txt --no-build-isolation -e ".[test]"
 	touch $@
 
 clean:

@@ -13,10 +13,9 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from torch import Tensor, nn
 
-from repvgg_cuda import Branch, Branches, bench, conv3x3, fuse_weights, reference, suites
+from repvgg_cuda import Branch, Branches, bench, conv3x3, fuse_weights, reference, suites, tables
 
 
 def compare(what: str, got: Tensor, want: Tensor) -> None:
@@ -90,10 +89,10 @@ def main() -> int:
 
     print("5. What it saves (outputs checked against float64 first, timed side by side)")
     setup = suites.Setup(torch.device("cpu"), torch.float32)
-    console = Console()
-    for case, candidates in suites.notebook_suite(setup):
-        rows = bench.run_case("notebook", case, candidates, setup.device, args.rounds, console)
-        console.print(bench.table(rows))
+    console = tables.console()
+    for case in suites.notebook_suite(setup):
+        rows = bench.run_candidates("notebook", case.name, case.build().candidates, setup, args.rounds, console)
+        console.print(tables.table(rows))
     return 0
 
 

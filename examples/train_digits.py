@@ -22,7 +22,7 @@ from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from repvgg_cuda import bench, digits
+from repvgg_cuda import digits, files
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -94,7 +94,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     try:
-        bench.require_writable(args.out)
+        files.require_writable(args.out)
         training_set, held_out = digits.load_digits()
     except (OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)

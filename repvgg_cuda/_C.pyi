@@ -39,6 +39,8 @@ def explain(
     low_memory: bool,
     device_type: str,
     device_index: int,
+    capability: int,
+    multiprocessors: int,
     x_shape: Sequence[int],
     out_channels: int,
     stride: int,
@@ -47,7 +49,25 @@ def explain(
     channels_last: bool,
     activation: str,
 ) -> list[tuple[str, str | None, float | None, int, bool]]:
-    """Every row and ``"aten"``: name, refusal, predicted seconds, bytes of packed weights, whether "auto" takes it."""
+    """Every row and ``"aten"``: name, refusal, predicted seconds, bytes of packed weights, whether "auto" takes it.
+
+    With ``device_index`` -1 ``capability`` (80 for 8.0) and ``multiprocessors`` describe a GPU that is not at hand; 0:
+    unknown.
+    """
+
+def launch_plan(
+    algorithm: str,
+    capability: int,
+    multiprocessors: int,
+    x_shape: Sequence[int],
+    out_channels: int,
+    stride: int,
+    groups: int,
+    dtype: str,
+    channels_last: bool,
+    activation: str,
+) -> dict[str, int] | None:
+    """How a CUDA row would launch on such a GPU, the fields of ``repvgg::LaunchPlan``; None where it refuses."""
 
 def build_info() -> str:
     """How this module was built, as JSON."""
@@ -57,6 +77,9 @@ def cpu_targets() -> list[str]:
 
 def cpu_target() -> str:
     """The one of them that runs: the most capable, or at most what REPVGG_CUDA_CPU_ISA names."""
+
+def cpu_multiply_adds(rounds: int) -> float:
+    """Multiply-adds in registers and nothing else, in one thread, for the ceiling. Returns their operations."""
 
 def conv3x3(
     x: Any,

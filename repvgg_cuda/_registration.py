@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ SCHEMAS = {
     'int[] activations, str algorithm="auto") -> Tensor',
     "fuse_weights": "(Tensor[] tensors, float[] bn_eps, int in_channels, int out_channels, int groups, "
     "ScalarType? dtype, ScalarType? bias_dtype) -> (Tensor weight, Tensor bias)",
+    "fuse_weights_batch": "(Tensor[] tensors, int[] tensors_per_block, float[] bn_eps, int[] in_channels, "
+    "int[] out_channels, int[] groups, ScalarType? dtype, ScalarType? bias_dtype) -> (Tensor[] weights, "
+    "Tensor[] biases)",
 }
 
 
@@ -48,6 +52,65 @@ def _fuse_weights_python(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _fuse_weights_fake(*args: Any) -> tuple[Tensor, Tensor]:
     return reference.fuse_weights_fake(*_checked_branches(*args))
+
+
+_Block = tuple[list[Tensor], list[float], int, int, int]
+
+
+def _blocks(
+    tensors: list[Tensor],
+    tensors_per_block: Sequence[int],
+    bn_eps: Sequence[float],
+    in_channels: Sequence[int],
+    out_channels: Sequence[int],
+    groups: Sequence[int],
+) -> list[_Block]:
+    """The lists of ``fuse_weights_batch`` as the first arguments of ``fuse_weights``, block by block."""
+    for count in tensors_per_block:
+        require(count >= 1, f"fuse_weights_batch: tensors_per_block must be at least 1, got {count}")
+    batchnorms = [-(-count // TENSORS_PER_BRANCH) for count in tensors_per_block]
+    sizes = {"tensors": (tensors, sum(tensors_per_block)), "bn_eps": (bn_eps, sum(batchnorms))}
+    for name, values in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):
+        sizes[name] = (values, len(tensors_per_block))
+    for name, (values, size) in sizes.items():
+        require(
+            len(values) == size,
+            f"fuse_weights_batch: {name} must have {size} entries for these tensors_per_block, got {len(values)}",
+        )
+    all_tensors, all_eps = iter(tensors), iter(bn_eps)
+    return [
+        (list(islice(all_tensors, count)), list(islice(all_eps, eps)), *geometry)
+        for count, eps, *geometry in zip(tensors_per_block, batchnorms, in_channels, out_channels, groups, strict=True)
+    ]
+
+
+def _fuse_each(fuse: Callable[..., tuple[Tensor, Tensor]], *args: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """``fuse_weights_batch`` by an implementation of ``fuse_weights``."""
+    *lists, dtype, bias_dtype = args
+    weights, biases = [], []
+    for i, (tensors, *geometry) in enumerate(_blocks(*lists)):
+        try:
+            weight, bias = fuse(tensors, *geometry, dtype, bias_dtype)
+        except RuntimeError as error:
+            message = str(error).removeprefix("fuse_weights: ")
+            raise RuntimeError(f"fuse_weights_batch: block {i}: {message}") from None
+        first = lists[0][0].device
+        require(
+            tensors[0].device == first,
+            f"fuse_weights_batch: block {i} must be on the device of block 0 ({first}), got {tensors[0].device}; "
+            "fuse it in a call of its own",
+        )
+        weights.append(weight)
+        biases.append(bias)
+    return weights, biases
+
+
+def _fuse_weights_batch_python(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
+    return _fuse_each(_fuse_weights_python, *args)
+
+
+def _fuse_weights_batch_fake(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
+    return _fuse_each(_fuse_weights_fake, *args)
 
 
 def _prepack_fake(
@@ -154,12 +217,31 @@ def _fuse_weights_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple
 
 
 def _fuse_weights_backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor) -> tuple[Any, ...]:
+    grads = _fold_gradients((list(ctx.saved_tensors), *ctx.geometry), grad_weight, grad_bias)
+    return grads, None, None, None, None, None, None
+
+
+def _fuse_weights_batch_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    tensors, *ctx.lists, _, _ = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _fuse_weights_batch_backward(
+    ctx: Any, grad_weights: Sequence[Tensor], grad_biases: Sequence[Tensor]
+) -> tuple[Any, ...]:
+    grads: list[Tensor | None] = []
+    for block, *outputs in zip(_blocks(list(ctx.saved_tensors), *ctx.lists), grad_weights, grad_biases, strict=True):
+        grads += _fold_gradients(block, *outputs)
+    return grads, None, None, None, None, None, None, None
+
+
+def _fold_gradients(block: _Block, grad_weight: Tensor, grad_bias: Tensor) -> list[Tensor | None]:
     """The chain rule through ``reference.fold_fp64``, in float64 and differentiable itself.
 
     A branch contributes ``scale * K`` and ``scale * (b - mean) + beta`` with ``scale = gamma / sqrt(var + eps)``.
     """
-    tensors = ctx.saved_tensors
-    branches = Branches.from_op_args(list(tensors), *ctx.geometry)
+    tensors = block[0]
+    branches = Branches.from_op_args(*block)
     grads: list[Tensor | None] = [None] * len(tensors)
 
     def store(i: int, grad: Tensor) -> None:
@@ -192,7 +274,7 @@ def _fuse_weights_backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor) -> 
         g_taps = g_kernel[:, :, 1:2, 1:2] if tensors[start].shape[-1] == 1 else g_kernel
         store(start, g_taps * scale.reshape(-1, 1, 1, 1))
         store(start + 1, g_bias * scale)
-    return grads, None, None, None, None, None, None
+    return grads
 
 
 # --------------------------------------------------------------------------------------------------- autocast, vmap
@@ -331,11 +413,13 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "prepack": (reference.prepack, _prepack_fake),
     "conv3x3_chain": (reference.conv3x3_chain, reference.conv3x3_chain_fake),
     "fuse_weights": (_fuse_weights_python, _fuse_weights_fake),
+    "fuse_weights_batch": (_fuse_weights_batch_python, _fuse_weights_batch_fake),
 }
 _AUTOGRAD: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "conv3x3": (_conv3x3_setup_context, _conv3x3_backward),
     "conv3x3_chain": (_chain_setup_context, _chain_backward),
     "fuse_weights": (_fuse_weights_setup_context, _fuse_weights_backward),
+    "fuse_weights_batch": (_fuse_weights_batch_setup_context, _fuse_weights_batch_backward),
 }
 _VMAP: dict[str, Callable[..., Any]] = {
     "conv3x3": _conv3x3_vmap,
@@ -345,6 +429,7 @@ _VMAP: dict[str, Callable[..., Any]] = {
         "fuse_weights: vmap is not supported; fuse the blocks one after another, or use "
         "repvgg_cuda.reference.fuse_weights"
     ),
+    "fuse_weights_batch": _refuse_vmap("fuse_weights_batch: vmap is not supported; fuse the blocks one after another"),
 }
 
 

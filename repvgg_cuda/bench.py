@@ -1,49 +1,74 @@
 # SPDX-License-Identifier: MIT
-"""``repvgg-cuda bench``: times RepVGG blocks and networks before and after fusion, side by side.
+"""``repvgg-cuda bench``: times RepVGG blocks and networks before and after fusion, side by side; compares and draws.
 
-:mod:`repvgg_cuda.suites` says what is compared, :mod:`repvgg_cuda.timing` how; here are the options and the output.
+:mod:`repvgg_cuda.suites` says what is compared, :mod:`repvgg_cuda.timing` and :mod:`repvgg_cuda.intervals` how; here
+are the options and the output.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
-import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from rich.table import Table
 
-from repvgg_cuda import environment, suites, timing
-from repvgg_cuda.branches import dtype_name, require
-from repvgg_cuda.models import model_names
-from repvgg_cuda.timing import Row
-
-#: Bumped when a reader of the JSON would have to change.
-SCHEMA = 1
+from repvgg_cuda import baselines, devices, networks, records, regression, runner, suites, tables
+from repvgg_cuda.branches import require
+from repvgg_cuda.comparison import Candidate, Plan, Row
+from repvgg_cuda.files import require_writable
+from repvgg_cuda.records import Run
+from repvgg_cuda.suites import Case, Setup
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-SUITES: dict[str, Callable[[suites.Setup], suites.Cases]] = {
+SUITES: dict[str, Callable[[Setup], Sequence[Case]]] = {
     "notebook": suites.notebook_suite,
     "layers": suites.layers_suite,
     "models": suites.models_suite,
     "fusion": suites.fusion_suite,
+    "chains": suites.chains_suite,
+    "small": suites.small_suite,
 }
 
-ROUNDS, QUICK_ROUNDS = 40, 5
+#: Samples per row; the least is what an interval needs.
+QUICK_ROUNDS, ROUNDS, FULL_ROUNDS = 9, 40, 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``repvgg-cuda bench``."""
+    """The options of ``repvgg-cuda bench``, and its subcommands ``compare`` and ``plot``."""
+    add_run_arguments(parser)
+    subparsers = parser.add_subparsers(title="with records", metavar="compare | plot")
+    compare = subparsers.add_parser(
+        "compare",
+        help="what changed from one record to the other; exit code 1 if a row of ours got slower or wrong",
+        description="Compares two records of `repvgg-cuda bench --json FILE`. Exit code 1 if a row of this library got "
+        "slower, by more than the tolerance and the noise, or wrong.",
+    )
+    compare.add_argument("before", type=Path, metavar="A")
+    compare.add_argument("after", type=Path, metavar="B")
+    compare.add_argument(
+        "--tolerance", type=float, metavar="X", default=regression.TOLERANCE, help="default: %(default)s, that is 2 %%"
+    )
+    compare.add_argument("--absolute", action="store_true", help="times as they are, not against the case's other rows")
+    compare.add_argument("--all", action="store_true", help="show the unchanged rows too")
+    compare.set_defaults(command=run_compare)
+    plot = subparsers.add_parser(
+        "plot",
+        help="pictures and a page to look at",
+        description="Draws records of `repvgg-cuda bench --json FILE` into a folder: SVG and PNG pictures, and "
+        "report.html, one page with everything in it.",
+    )
+    plot.add_argument("records", type=Path, nargs="+", metavar="RECORD")
+    plot.add_argument("--out", type=Path, metavar="DIR", help="default: a folder beside the first, of its name")
+    plot.set_defaults(command=run_plot)
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of a run."""
     parser.add_argument(
         "--suite",
         nargs="+",
@@ -56,179 +81,203 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         nargs="+",
         metavar="NAME",
-        default=list(suites.DEFAULT_MODELS),
-        help=f"networks of the models suite: digits, or of the family, such as RepVGG-B1g4 (default: "
-        f"{' '.join(suites.DEFAULT_MODELS)})",
+        default=[],
+        help="networks of the models suite: digits, of the family, such as RepVGG-B1g4, or of timm (default: "
+        f"{' '.join(suites.DEFAULT_MODELS)}; with --full {' '.join(suites.FULL_MODELS)})",
+    )
+    parser.add_argument(
+        "--against",
+        nargs="+",
+        metavar="KEY",
+        help="baselines: "
+        + ", ".join(f"{key} ({device})" for device, keys in _keys().items() for key in keys)
+        + "; default: what is there at once, with --full all",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="with --device cuda: run everything on the CPU; the times mean nothing"
+    )
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="default: %(default)s")
+    parser.add_argument("--batch", nargs="+", type=int, metavar="N", default=[1], help="default: 1")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: as PyTorch chooses)")
     parser.add_argument(
-        "--rounds", type=int, metavar="N", help=f"samples per row (default: {ROUNDS}, quick: {QUICK_ROUNDS})"
+        "--rounds",
+        type=int,
+        metavar="N",
+        help=f"samples per row (default: {ROUNDS}, quick: {QUICK_ROUNDS}, full: {FULL_ROUNDS})",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the order within the rounds (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="few rounds of few cases: a look, not a measurement")
-    parser.add_argument("--aa", action="store_true", help="time every baseline twice; the second row shows the noise")
+    amount = parser.add_mutually_exclusive_group()
+    amount.add_argument("--quick", action="store_true", help="under a minute: few rounds of few cases")
+    amount.add_argument("--full", action="store_true", help="every case and baseline, more rounds, caches cold too")
+    parser.add_argument(
+        "--aa",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="time every case's first row twice; the second shows the noise (default: yes)",
+    )
+    parser.add_argument("--cold", action="store_true", help="time with cold caches too")
+    parser.add_argument(
+        "--clock",
+        choices=["auto", "wall", "cpu"],
+        default="auto",
+        help="auto: CUDA events on a GPU; on a CPU, CPU time for one thread and wall time for several",
+    )
+    parser.add_argument("--pause", type=float, metavar="S", help="seconds before each sample, for pools that spin")
+    parser.add_argument("--strict", action="store_true", help="refuse to measure where there would be a warning")
     parser.add_argument(
         "--tf32",
         action="store_true",
         help="let cuDNN round float32 factors to TF32 (PyTorch's default; ours never does)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and the environment here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here, as JSON lines")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the rows here, as CSV")
+
+
+def _keys() -> dict[str, list[str]]:
+    """Keys of the baselines by device."""
+    by_kind = {"cpu": devices.CpuDevice(), "cuda": devices.DryRunDevice()}
+    return {
+        kind: list(dict.fromkeys(baseline.key for baseline in baselines.baselines(device)))
+        for kind, device in by_kind.items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------- run
 
 
 def run(args: argparse.Namespace) -> int:
     """Times what ``args`` (of :func:`add_arguments`) asks for, prints tables. Returns the exit code."""
-    if args.json is not None:
-        require_writable(args.json)
-    console = Console()
-    report = collect(args, console)
-    if args.json is not None:
-        write_text_atomically(args.json, json.dumps(report, indent=1) + "\n")
-        console.print(f"wrote {args.json}", highlight=False)
-    return exit_code(report)
+    for path in filter(None, (args.json, args.csv)):
+        require_writable(path)
+    console = tables.console()
+    done = collect(args, console)
+    for path in filter(None, (args.json, args.csv)):
+        console.print(f"wrote {path}", highlight=False)
+    return int(done.failed)
 
 
-def exit_code(report: dict[str, Any]) -> int:
-    """1 if any row is wrong or raised, else 0. A refusal is an answer, not a failure."""
-    return int(any(row["status"] in ("wrong", "error") for row in report["rows"]))
+def collect(args: argparse.Namespace, console: Console) -> Run:
+    """Runs the suites, printing each case's table and writing the record as each is done.
 
-
-def collect(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Runs the suites, printing each case's table as it is done. Returns ``{schema, options, environment, rows}``."""
-    require(
-        args.device != "cuda" or torch.cuda.is_available(),
-        "bench: --device cuda needs a CUDA GPU and a PyTorch built for it, and torch.cuda.is_available() is False; "
-        "use --device cpu",
-    )
-    require(args.threads is None or args.threads >= 1, f"bench: --threads must be at least 1, got {args.threads}")
-    require(args.rounds is None or args.rounds >= 1, f"bench: --rounds must be at least 1, got {args.rounds}")
-    for name in args.model:
-        known = ("digits", *model_names())
-        require(name in known, f"bench: --model must be one of {', '.join(known)}, got {name}")
-    rounds = args.rounds or (QUICK_ROUNDS if args.quick else ROUNDS)
+    Raises:
+        RuntimeError: an option is out of range, or there is no such device; before any work.
+    """
+    setup = make_setup(args)
+    settings = make_settings(args)
     chosen = list(SUITES) if "all" in args.suite else list(dict.fromkeys(args.suite))
-    setup = suites.Setup(torch.device(args.device), DTYPES[args.dtype], args.quick, tuple(args.model))
-    rows: list[Row] = []
-    with _settings(args.threads, args.tf32):
-        machine = environment.collect(setup.device)
-        _print_header(console, machine, setup)
-        for name in chosen:
-            for case, candidates in SUITES[name](setup):
-                rows += run_case(
-                    name, case, candidates, setup.device, rounds, console, repeat_first=args.aa, seed=args.seed
-                )
-                console.print(table(rows[-len(candidates) - args.aa :]))
-    options = {"suites": chosen, "dtype": args.dtype, "rounds": rounds, "quick": args.quick, "seed": args.seed}
-    return {
-        "schema": SCHEMA,
-        "options": options,
-        "environment": machine,
-        "rows": [dataclasses.asdict(row) for row in rows],
-    }
+    options = {
+        "suites": chosen, "dtype": args.dtype, "rounds": settings.rounds, "quick": args.quick, "full": args.full,
+        "seed": args.seed, "batch": list(setup.batches), "models": list(setup.models), "clock": args.clock,
+        "cold": settings.cold,
+    }  # fmt: skip
+
+    def save(run: Run) -> None:
+        for path in filter(None, (args.json, args.csv)):
+            run.write(path)
+
+    with runner.torch_settings(args.threads, args.tf32):
+        run = runner.start(setup, settings, options, console)
+        cases = [(name, case) for name in chosen for case in SUITES[name](setup)]
+        runner.measure(run, cases, setup, settings, console, save=save)
+    return run
 
 
-def run_case(
+def make_setup(args: argparse.Namespace) -> Setup:
+    device = devices.device_for(args.device, dry_run=args.dry_run)
+    require(args.threads is None or args.threads >= 1, f"bench: --threads must be at least 1, got {args.threads}")
+    require(min(args.batch) >= 1, f"bench: --batch must be at least 1, got {min(args.batch)}")
+    for name in args.model:
+        networks.require_model(name)
+    keys = _keys()[args.device]
+    for key in args.against or ():
+        require(key in keys, f"bench: --against must be among {', '.join(keys)} on {args.device}, got {key}")
+    return Setup(
+        device.torch_device,
+        DTYPES[args.dtype],
+        args.quick,
+        tuple(args.model),
+        args.full,
+        tuple(dict.fromkeys(args.batch)),
+        None if args.against is None else tuple(args.against),
+        args.dry_run,
+    )
+
+
+def make_settings(args: argparse.Namespace) -> runner.Settings:
+    require(args.rounds is None or args.rounds >= 1, f"bench: --rounds must be at least 1, got {args.rounds}")
+    require(args.pause is None or args.pause >= 0, f"bench: --pause must not be negative, got {args.pause}")
+    rounds = args.rounds or (QUICK_ROUNDS if args.quick else FULL_ROUNDS if args.full else ROUNDS)
+    return runner.Settings(rounds, args.seed, args.aa, args.clock, args.cold or args.full, args.strict, args.pause)
+
+
+def run_candidates(
     suite: str,
     case: str,
-    candidates: Sequence[timing.Candidate],
-    device: torch.device,
+    candidates: Sequence[Candidate],
+    setup: Setup,
     rounds: int,
     console: Console,
     *,
     repeat_first: bool = False,
-    seed: int = 0,
 ) -> list[Row]:
-    """:func:`repvgg_cuda.timing.compare` under a progress bar."""
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task(
-            escape(f"checking and timing {case}"), total=timing.steps(candidates, rounds, repeat_first)
-        )
-        return timing.compare(
-            suite,
-            case,
-            candidates,
-            timing.clock_for(device),
-            rounds=rounds,
-            repeat_first=repeat_first,
-            seed=seed,
-            tick=lambda steps: progress.advance(task, steps),
-        )
+    """Times one case by itself, under a progress bar."""
+    plan = Plan(setup.target.clock("wall"), rounds, repeat_first)
+    with runner.progress_bar(console) as progress:
+        progress.add_task("", total=1)
+        one = Case(case, lambda: suites.Built(list(candidates)))
+        return runner.run_case(suite, one, setup, plan, None, progress)
 
 
-@contextlib.contextmanager
-def _settings(threads: int | None, tf32: bool) -> Iterator[None]:
-    """Sets the global switches for the time of a run."""
-    cudnn: Any = torch.backends.cudnn
-    before = torch.get_num_threads(), cudnn.allow_tf32
-    torch.set_num_threads(threads or before[0])
-    cudnn.allow_tf32 = tf32
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before[0])
-        cudnn.allow_tf32 = before[1]
+# ------------------------------------------------------------------------------------------------------------ compare
 
 
-# ----------------------------------------------------------------------------------------------------------- output
+def run_compare(args: argparse.Namespace) -> int:
+    """``repvgg-cuda bench compare A B``. Returns the exit code."""
+    before, after = records.read(args.before), records.read(args.after)
+    found = regression.compare_runs(before, after, tolerance=args.tolerance, absolute=args.absolute)
+    console = tables.console()
+    for text in found.warnings:
+        console.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    shown = [change for change in found.changes if args.all or change.verdict != "same"]
+    if shown:
+        console.print(changes_table(shown))
+    counts: dict[str, int] = {}
+    for change in found.changes:
+        counts[change.verdict] = counts.get(change.verdict, 0) + 1
+    summary = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    console.print(f"{len(found.changes)} rows: {summary}", highlight=False)
+    if found.regressions:
+        console.print(f"[red]{len(found.regressions)} of this library's rows got slower or wrong[/red]")
+    return int(bool(found.regressions))
 
 
-def _print_header(console: Console, record: dict[str, Any], setup: suites.Setup) -> None:
-    tf32 = f", TF32 {'allowed' if record['tf32'] else 'off'}" if "tf32" in record else ""
-    console.print(
-        f"{environment.machine(record)}; torch {record['torch']}; repvgg_cuda {record['repvgg_cuda']} "
-        f"({record['build']['build']} build); {dtype_name(setup.dtype)}{tf32}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-    if warning := environment.load_warning(record):
-        console.print(f"warning: {warning}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+def changes_table(changes: Sequence[regression.Change]) -> Table:
+    table = Table(title="time of the second run / time of the first", title_justify="left")
+    for column in ("case", "candidate", "before", "after", "ratio", "interval", ""):
+        table.add_column(column, justify="left" if column in ("case", "candidate", "") else "right")
+    for change in changes:
+        times = (tables.duration(each) if each is not None else "" for each in (change.before_us, change.after_us))
+        ratio = ("", "")
+        if change.ratio is not None:
+            ratio = f"{change.ratio.value:.3f}", f"{change.ratio.low:.3f} - {change.ratio.high:.3f}"
+        colour = {"slower": "red", "faster": "green"}.get(change.verdict, "dim")
+        case = f"{change.suite}: {change.case}" + (", cold" if change.caches == "cold" else "")
+        verdict = f"[{colour}]{change.verdict}[/{colour}]" + (f" {escape(change.note)}" if change.note else "")
+        table.add_row(escape(case), escape(change.candidate), *times, *ratio, verdict)
+    return table
 
 
-def table(rows: Sequence[Row]) -> Table:
-    """The rows of one case, for :mod:`rich`."""
-    result = Table(title=escape(f"{rows[0].suite}: {rows[0].case}"), title_justify="left")
-    result.add_column("candidate")
-    for heading in ("median", "p10 - p90", "speed-up"):
-        result.add_column(heading, justify="right")
-    for row in rows:
-        name = escape(row.candidate)
-        if row.median_us is None or row.p10_us is None or row.p90_us is None:
-            result.add_row(name, f"[red]{row.status}[/red]" if row.status != "refused" else "refused", escape(row.note))
-            continue
-        speedup = "" if row.speedup is None else f"{row.speedup:.2f}x"
-        result.add_row(name, duration(row.median_us), f"{duration(row.p10_us)} - {duration(row.p90_us)}", speedup)
-    return result
+# --------------------------------------------------------------------------------------------------------------- plot
 
 
-def duration(microseconds: float) -> str:
-    """With three digits that count: 12.3 us, 4.56 ms."""
-    for unit, scale in (("us", 1.0), ("ms", 1e3), ("s", 1e6)):
-        if microseconds < 999.5 * scale or unit == "s":
-            value = microseconds / scale
-            return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {unit}"
-    raise AssertionError("unreachable: the last unit takes every value")
+def run_plot(args: argparse.Namespace) -> int:
+    """``repvgg-cuda bench plot RECORD ...``. Returns the exit code."""
+    from repvgg_cuda import page  # matplotlib is no dependency of the rest
 
-
-def require_writable(path: Path) -> None:
-    """Raises OSError now if :func:`write_text_atomically` could not write ``path`` later, after minutes of timing."""
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a directory; name a file in it")
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: there is no directory {path.absolute().parent}; create it first")
-    try:
-        with tempfile.TemporaryFile(dir=path.absolute().parent):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}; choose another directory") from None
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Writes under a temporary name and renames: ``path`` is never half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    out: Path = args.out or args.records[0].with_suffix("")
+    require(not out.exists() or out.is_dir(), f"--out must be a directory, and {out} is a file; name another")
+    run = records.joined([records.read(path) for path in args.records])
+    for path in page.write(run, out):
+        print(f"wrote {path}")
+    return 0

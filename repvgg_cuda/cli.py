@@ -7,22 +7,23 @@ A user's error is one line on stderr and exit status 1 (2 for a wrong command li
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from torch import Tensor, nn
 
-from repvgg_cuda import bench, checkpoint, demo, info, ops, testing, verification
+from repvgg_cuda import bench, checkpoint, conversion, demo, export, gpu_check, info, ops, testing, verification
 from repvgg_cuda._version import __version__
 from repvgg_cuda.branches import require
-from repvgg_cuda.models import create_model, model_names
+from repvgg_cuda.console import naming, positive, progress
+from repvgg_cuda.conversion import model_for
+from repvgg_cuda.gpus import GPUS
+from repvgg_cuda.models import model_names
 from repvgg_cuda.packed import MEMORY
 from repvgg_cuda.preparation import prepare
 
@@ -77,18 +78,13 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_info_arguments(add("info", _info, "Show versions, build, machine, and the algorithms available on it"))
     _add_explain_arguments(add("explain", _explain, "Show which algorithm a layer runs on, and why not the others"))
-    _add_convert_arguments(add("convert", _convert, "Fold a checkpoint in train form into deploy form"))
+    conversion.add_arguments(add("convert", conversion.run, "Fold a checkpoint in train form into deploy form"))
+    export.add_arguments(add("export", export.run, "Export a checkpoint to ONNX, torch.export or AOTInductor"))
     _add_verify_arguments(add("verify", _verify, "Compare a trained and a deployed checkpoint layer by layer"))
     bench.add_arguments(add("bench", bench.run, "Time blocks and networks before and after folding"))
+    gpu_check.add_arguments(add("gpu-check", gpu_check.run, "Build, test and time everything on this machine's GPU"))
     demo.add_arguments(add("demo", demo.run, "Deploy a trained network on real images and show what changes"))
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 # ----------------------------------------------------------------------------------------------------------- info
@@ -112,82 +108,34 @@ def _add_explain_arguments(parser: argparse.ArgumentParser) -> None:
         "--layer", type=_layer, metavar="N,C,H,W,K", required=True, help="batch, input channels, size, output channels"
     )
     parser.add_argument("--stride", type=int, choices=(1, 2), default=1, help="default: %(default)s")
-    parser.add_argument("--groups", type=_positive, default=1, metavar="G", help="default: %(default)s")
+    parser.add_argument("--groups", type=positive, default=1, metavar="G", help="default: %(default)s")
     parser.add_argument("--prepared", action="store_true", help="as after prepare(): packing the weights costs nothing")
     parser.add_argument(
         "--memory", choices=MEMORY, default="fast", help="low: packed weights no larger than the weight"
     )
+    parser.add_argument(
+        "--gpu", choices=list(GPUS), metavar="NAME", help=f"as on such a GPU, which need not be here: {', '.join(GPUS)}"
+    )
+    parser.add_argument("--dtype", choices=list(bench.DTYPES), default="float32", help="default: %(default)s")
+    parser.add_argument("--channels-last", action="store_true", help="x lies in channels_last (NHWC)")
 
 
 def _layer(text: str) -> tuple[int, ...]:
     numbers = text.split(",")
     if len(numbers) != 5 or not all(number.isdecimal() for number in numbers):
         raise argparse.ArgumentTypeError(f"must be five numbers N,C,H,W,K, got {text}")
-    return tuple(map(_positive, numbers))
+    return tuple(map(positive, numbers))
 
 
 def _explain(args: argparse.Namespace) -> int:
     batch, channels, height, width, outputs = args.layer
     case = testing.Case("layer", batch, channels, height, width, outputs, args.stride, args.groups)
-    x, weight = torch.empty(case.x_size), torch.empty(case.weight_size)
-    print(ops.explain(x, weight, stride=args.stride, groups=args.groups, prepared=args.prepared, memory=args.memory))
+    dtype = bench.DTYPES[args.dtype]
+    x, weight = torch.empty(case.x_size, dtype=dtype), torch.empty(case.weight_size, dtype=dtype)
+    x = x.contiguous(memory_format=torch.channels_last if args.channels_last else torch.contiguous_format)
+    geometry = {"stride": args.stride, "groups": args.groups}
+    print(ops.explain(x, weight, **geometry, prepared=args.prepared, memory=args.memory, gpu=args.gpu))
     return 0
-
-
-# -------------------------------------------------------------------------------------------------------- convert
-
-
-def _add_convert_arguments(parser: argparse.ArgumentParser) -> None:
-    accepted = ", ".join((*checkpoint.SAFETENSORS_SUFFIXES, *checkpoint.TORCH_SUFFIXES))
-    parser.add_argument("input", type=Path, metavar="IN", help=f"checkpoint in train form ({accepted})")
-    parser.add_argument("output", type=Path, metavar="OUT", help="where the deploy form is written; same extensions")
-    parser.add_argument(
-        "--eps",
-        type=float,
-        default=1e-5,
-        help="of the checkpoint's BatchNorms, which it does not carry itself (default: %(default)s, as RepVGG trains)",
-    )
-    parser.add_argument(
-        "--model", choices=model_names(), metavar="NAME", help="also check that it is of this model, such as RepVGG-A0"
-    )
-    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
-
-
-def _convert(args: argparse.Namespace) -> int:
-    _require_target(args.input, args.output, args.force)
-    with _progress() as show:
-        show(f"reading {args.input}")
-        trained = checkpoint.read_state_dict_file(args.input)
-        with _naming(args.input):
-            folded = checkpoint.fold_state_dict(
-                trained.state, eps=args.eps, on_block=lambda block: show(f"folding {block}")
-            )
-            if args.model is not None:
-                for state in (trained.state, folded.state):
-                    with torch.device("meta"):  # names and shapes suffice
-                        model = _create_model(args.model, state)
-                    checkpoint.check_fits(model, state)
-        show(f"writing {args.output}")
-        checkpoint.save_state_dict_file(folded.state, args.output)
-
-    before, after = checkpoint.parameter_count(trained.state), checkpoint.parameter_count(folded.state)
-    print(f"{args.input} -> {args.output}")
-    print(f"  blocks folded  {len(folded.blocks)}")
-    print(f"  parameters     {before:,} -> {after:,}")
-    print(f"  largest value  {folded.largest:.3g} in a folded weight or bias")
-    for label, texts in (("note", trained.notes + folded.notes), ("warning", trained.warnings)):
-        for text in texts:
-            print(f"  {label}: {text}")
-    return 0
-
-
-def _require_target(source: Path, target: Path, force: bool) -> None:
-    """Refuses a target that is the source, exists, or could not be written, before any work is done."""
-    checkpoint.is_safetensors(target)
-    same = target.exists() and source.exists() and target.samefile(source)
-    require(not same, f"{target}: is IN itself, and a trained checkpoint is never overwritten; give OUT another name")
-    require(force or not target.exists(), f"{target}: already exists; give --force to replace it, or another name")
-    require(target.parent.is_dir(), f"{target}: cannot be written, {target.parent} is not a directory; create it first")
 
 
 # --------------------------------------------------------------------------------------------------------- verify
@@ -204,16 +152,16 @@ def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
         help="whose checkpoints these are, such as RepVGG-A0",
     )
     parser.add_argument(
-        "--image-size", type=_positive, metavar="PIXELS", help="default: that of the model, 224 or with SE 320"
+        "--image-size", type=positive, metavar="PIXELS", help="default: that of the model, 224 or with SE 320"
     )
-    parser.add_argument("--batch", type=_positive, default=1, metavar="N", help="random images (default: %(default)s)")
+    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="random images (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the random images (default: %(default)s)")
     parser.add_argument("--images", type=Path, nargs="+", metavar="FILE", help="compare on these, not on random images")
     parser.add_argument("--prepare", action="store_true", help="first prepare DEPLOYED for these images, and show how")
 
 
 def _verify(args: argparse.Namespace) -> int:
-    with _progress() as show:
+    with progress() as show:
         show(f"loading {args.trained}")
         trained = _load_model(args.model, args.trained, "train")
         show(f"loading {args.deployed}")
@@ -230,10 +178,10 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _load_model(name: str, path: Path, form: checkpoint.Form) -> nn.Module:
     state = checkpoint.load_state_dict_file(path)
-    with _naming(path):
+    with naming(path):
         found = checkpoint.form_of(state)
         require(found == form, f"is in {found} form, but must be in {form} form: give TRAINED first, then DEPLOYED")
-        model = _create_model(name, state)
+        model = model_for(name, state)
         if (dtype := state["linear.weight"].dtype).is_floating_point:
             model.to(dtype)  # in float32 the weights of a 16-bit checkpoint would be off by its rounding
         checkpoint.load_into(model, state)
@@ -250,33 +198,3 @@ def _inputs(args: argparse.Namespace, model: nn.Module) -> Tensor:
         return torch.randn(args.batch, channels, crop, crop, generator=generator)
     require(channels == 3, f"--images: photos have 3 channels, but the stem of the checkpoints takes {channels}")
     return torch.cat([demo.load_image(path, resize, crop) for path in args.images])
-
-
-# --------------------------------------------------------------------------------------------------------- shared
-
-
-def _create_model(name: str, state: Mapping[str, Tensor]) -> nn.Module:
-    """The model ``name`` in the form of ``state``, with as many classes and input channels as ``state`` has."""
-    form = checkpoint.form_of(state)
-    head = state.get("linear.weight")
-    require(head is not None, f"has no linear.weight, which would say the number of classes of {name}")
-    assert head is not None
-    stem = state.get("stage0.rbr_dense.conv.weight" if form == "train" else "stage0.rbr_reparam.weight")
-    in_channels = 3 if stem is None else stem.shape[1]  # without a stem check_fits names what is missing
-    return create_model(name, num_classes=head.shape[0], in_channels=in_channels, deploy=form == "deploy")
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Puts the file's name before an error about its contents."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise RuntimeError(f"{path}: {error}") from error
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """A spinner on stderr with a text that the yielded function changes; nothing where stderr is not a terminal."""
-    with Console(stderr=True).status("") as status:
-        yield lambda text: status.update(escape(text))

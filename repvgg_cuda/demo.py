@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -18,11 +18,11 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from repvgg_cuda import bench, checkpoint, digits, environment, picture, suites
+from repvgg_cuda import bench, checkpoint, digits, environment, files, networks, picture, suites, tables
 from repvgg_cuda.branches import require
+from repvgg_cuda.comparison import Row
 from repvgg_cuda.convert import reparameterize
 from repvgg_cuda.models import create_model
-from repvgg_cuda.timing import Row
 from repvgg_cuda.verification import verify
 
 T = TypeVar("T")
@@ -82,7 +82,7 @@ class Demo:
         picture.require_matplotlib()
         _, held_out = digits.load_digits()
         out.mkdir(parents=True, exist_ok=True)
-        bench.require_writable(out / "demo.png")
+        files.require_writable(out / "demo.png")
         record = self.header()
 
         self.title("1. The trained network")
@@ -201,19 +201,21 @@ class Demo:
 
     def latency_of(self, name: str) -> list[Row]:
         """The latency of a network of the family with random weights."""
-        trained, x = self.wait(f"building {name}", lambda: suites.build_model(name, self.setup))
+        trained, x = self.wait(
+            f"building {name}", lambda: networks.build_model(name, self.setup.device, self.setup.dtype)
+        )
         return self.latency(name, trained, reparameterize(trained).model, x)
 
     def latency(self, name: str, trained: nn.Module | None, deployed: nn.Module, x: Tensor) -> list[Row]:
         """Times, and prints a table of, every form of the network on ``x``."""
-        candidates = suites.model_candidates(trained, deployed, x, [torch.contiguous_format])
-        rows = bench.run_case("models", name, candidates, self.device, self.rounds, self.console)
-        self.console.print(bench.table(rows))
+        candidates = networks.model_candidates(trained, deployed, x, [torch.contiguous_format])
+        rows = bench.run_candidates("models", name, candidates, self.setup, self.rounds, self.console)
+        self.console.print(tables.table(rows))
         return rows
 
     def header(self) -> dict[str, object]:
         """Prints what the figures depend on, and returns it."""
-        record = self.wait("looking at the machine", lambda: environment.collect(self.device))
+        record = self.wait("looking at the machine", self.look_at_machine)
         self.say(
             f"{environment.machine(record)}; torch {record['torch']}; repvgg_cuda {record['build']['build']} build"
         )
@@ -221,6 +223,9 @@ class Demo:
             self.busy = True
             self.warn(warning)
         return record
+
+    def look_at_machine(self) -> dict[str, Any]:
+        return environment.collect(self.device) | self.setup.target.facts()
 
     def warn_if_busy(self) -> None:
         if self.busy:
@@ -255,7 +260,7 @@ def largest(difference: Tensor) -> float:
 def three_forms(rows: list[Row]) -> list[Row]:
     """Of a network's timed rows: three branches, fused in PyTorch, and the fastest of this library's algorithms."""
     timed = [row for row in rows if row.median_us is not None]
-    ours = [row for row in timed if row.candidate.startswith(suites.OWN_PREFIX)]
+    ours = [row for row in timed if row.candidate.startswith(networks.OWN_PREFIX)]
     others = [row for row in timed if row not in ours]
     return [*others[:2], *sorted(ours, key=lambda row: row.median_us or 0.0)[:1]]
 
@@ -265,7 +270,7 @@ def latency_summary(rows: list[Row]) -> str:
     parts = []
     for i, row in enumerate(three_forms(rows)):
         ratio = f" ({row.speedup:.2f}x)" if i and row.speedup is not None else ""
-        parts.append(f"{row.candidate} {bench.duration(row.median_us or 0.0)}{ratio}")
+        parts.append(f"{row.candidate} {tables.duration(row.median_us or 0.0)}{ratio}")
     return ", ".join(parts) or "not timed, no form gave the right result"
 
 
@@ -314,7 +319,7 @@ def load_image(path: Path, resize: int, crop: int) -> Tensor:
 def network(name: str, state: dict[str, Tensor] | None) -> nn.Module:
     """The network ``name`` in eval mode, in the form and with the classes of ``state``; with random weights if None."""
     if state is None:
-        return suites.randomise_(create_model(name)).eval()
+        return networks.randomise_(create_model(name)).eval()
     head = state.get("linear.weight")
     require(head is not None, f"the checkpoint has no linear.weight, which {name} needs; give one of the whole network")
     assert head is not None

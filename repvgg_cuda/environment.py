@@ -8,6 +8,7 @@ import datetime
 import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,45 +16,39 @@ from typing import Any
 
 import torch
 
+from repvgg_cuda import _ext
 from repvgg_cuda._ext import build_info
 from repvgg_cuda._version import __version__
 
 
 def collect(device: torch.device) -> dict[str, Any]:
     """All of it, of types that JSON has. Takes a moment, in which it watches how busy the machine is."""
-    record: dict[str, Any] = {
+    return {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "repvgg_cuda": __version__,
         "git": git_revision(),
         "build": build_info(),
         "torch": torch.__version__,
+        "torch_debug": bool(torch.version.debug),
         "python": platform.python_version(),
+        "python_debug": hasattr(sys, "gettotalrefcount"),
         "platform": platform.platform(),
         "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_target": cpu_target(),
+        "governor": cpu_governor(),
         "threads": torch.get_num_threads(),
         "load_average": load_average(),
         "busy_cpus": busy_cpus(),
         "device": str(device),
     }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        cudnn: Any = torch.backends.cudnn
-        record |= {
-            "gpu": properties.name,
-            "compute_capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "cuda": torch.version.cuda,
-            "cudnn": cudnn.version(),
-            "tf32": cudnn.allow_tf32,
-        }
-    return record
 
 
 def machine(record: Mapping[str, Any]) -> str:
     """The :func:`collect`-ed record's processor in a few words."""
-    return str(record.get("gpu") or f"{record['cpu']}, {record['threads']} threads")
+    threads = record["threads"]
+    return str(record.get("gpu") or f"{record['cpu']}, {threads} thread{'' if threads == 1 else 's'}")
 
 
 def cpu_name() -> str:
@@ -63,6 +58,19 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def cpu_target() -> str | None:
+    """The instruction set of this library's CPU kernels; None without the compiled module."""
+    return None if _ext.module is None else str(_ext.module.cpu_target())
+
+
+def cpu_governor() -> str | None:
+    """Linux's frequency policy of the first CPU, such as "performance"; None where it does not say."""
+    try:
+        return Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor").read_text().strip()
+    except OSError:
+        return None
 
 
 def load_average() -> float | None:
@@ -91,6 +99,42 @@ def busy_cpus(seconds: float = 0.3) -> float | None:
         return None
     elapsed = max(total_after - total, 1)
     return round((elapsed - (idle_after - idle)) / elapsed * (os.cpu_count() or 1), 2)
+
+
+def pace() -> float:
+    """Microseconds of CPU time that a fixed piece of work takes now: it changes where the processor's clock does."""
+
+    def once() -> int:
+        start = time.process_time_ns()
+        sum(range(100_000))
+        return time.process_time_ns() - start
+
+    return min(once() for _ in range(5)) / 1e3
+
+
+def warnings(record: Mapping[str, Any]) -> list[str]:
+    """What in the :func:`collect`-ed record makes times untrue, in words."""
+    load = load_warning(record)
+    return [*([] if load is None else [load]), *debug_warnings(record), *throttle_warnings(record.get("state", {}))]
+
+
+def debug_warnings(record: Mapping[str, Any]) -> list[str]:
+    """Builds that are slower than what users run."""
+    builds = {
+        "repvgg_cuda is a debug build (REPVGG_CUDA_DEBUG=1): rebuild it without": record["build"].get("debug"),
+        "repvgg_cuda has no compiled module here, and runs in pure PyTorch": record["build"]["build"] == "python",
+        "torch is a debug build": record.get("torch_debug"),
+        "Python is a debug build": record.get("python_debug"),
+    }
+    return [text for text, is_so in builds.items() if is_so]
+
+
+def throttle_warnings(state: Mapping[str, Any]) -> list[str]:
+    """What a GPU's :meth:`repvgg_cuda.devices.CudaDevice.state` says about clocks that are held down."""
+    if not state.get("throttle"):
+        return []
+    at = f" at {state['clock_mhz']:.0f} MHz" if "clock_mhz" in state else ""
+    return [f"the GPU is throttled{at}: {', '.join(state['throttle'])}; let it cool down, or raise its power limit"]
 
 
 def load_warning(record: Mapping[str, Any]) -> str | None:

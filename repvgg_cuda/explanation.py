@@ -7,10 +7,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from repvgg_cuda import _ext
 from repvgg_cuda.branches import dtype_name, require
+from repvgg_cuda.gpus import LaunchPlan
 from repvgg_cuda.packed import MEMORY
 
 
@@ -21,6 +23,7 @@ class Candidate:
     ``refusal`` says why it cannot run the layer, else None. ``seconds`` is the predicted time, on a CPU that of one
     thread: infinite where ``"auto"`` never takes the algorithm, None where it is refused or nothing is predicted.
     ``packed_bytes``: of its packed weights, 0 where it reads weights as they are. ``chosen``: ``"auto"`` takes it.
+    ``plan``: how it would launch on a GPU; None on a CPU, and for ``aten``, which decides that itself.
     """
 
     name: str
@@ -28,13 +31,25 @@ class Candidate:
     seconds: float | None
     packed_bytes: int
     chosen: bool
+    plan: LaunchPlan | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a layer would run: a device at hand, or (``index`` -1) a GPU of that capability and so many
+    multiprocessors."""
+
+    type: str
+    index: int
+    capability: int = 0
+    multiprocessors: int = 0
 
 
 @dataclass(frozen=True)
 class Explanation:
     """The result of :func:`repvgg_cuda.explain`. ``str()`` is a table; ``explanation["direct"]`` is one candidate.
 
-    ``candidates`` are in the order of :func:`repvgg_cuda.algorithms`.
+    ``candidates`` are in the order of :func:`repvgg_cuda.algorithms`. ``place``: where.
     """
 
     layer: str
@@ -42,6 +57,7 @@ class Explanation:
     weight_bytes: int
     prepared: bool
     memory: str
+    place: Place
 
     @property
     def chosen(self) -> Candidate:
@@ -61,7 +77,14 @@ class Explanation:
         rows = [("algorithm", "predicted", "packed weights", "")]
         for candidate in self.candidates:
             rows.append((candidate.name, *self._cells(candidate)))
-        return "\n".join([f"{self.layer}; {packing}", *aligned(rows, left=(0, 3))])
+        lines = [f"{self.layer}; {packing}", *aligned(rows, left=(0, 3))]
+        return "\n".join([*lines, *(self._launch(c.name, c.plan) for c in self.candidates if c.plan is not None)])
+
+    def _launch(self, name: str, plan: LaunchPlan) -> str:
+        capability, multiprocessors = self.place.capability, self.place.multiprocessors
+        waves, resident = plan.waves(capability, multiprocessors), plan.resident(capability)
+        fills = f"{resident} at a time on each of {multiprocessors} multiprocessors, {waves} wave{'s' * (waves != 1)}"
+        return f"{name} launches {plan}, {byte_text(plan.shared_bytes)} of shared memory each; {fills}"
 
     def _cells(self, candidate: Candidate) -> tuple[str, str, str]:
         if candidate.refusal is not None:
@@ -81,6 +104,15 @@ class Explanation:
         return ""
 
 
+def place_of(device: torch.device) -> Place:
+    """A device at hand as a place."""
+    if device.type != "cuda":
+        return Place(device.type, 0 if device.index is None else device.index)
+    properties = torch.cuda.get_device_properties(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return Place("cuda", index, 10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
 def explain_rows(
     weight: Tensor,
     input_size: Sequence[int],
@@ -91,31 +123,34 @@ def explain_rows(
     memory: str,
     channels_last: bool | None = None,
     activation: str = "identity",
+    place: Place | None = None,
 ) -> tuple[Candidate, ...]:
     """What the table says about a layer whose arguments have been checked; its last row is ``aten``.
 
     ``channels_last``: of the input; None: as networks run, that is channels_last for 16-bit types on a GPU.
+    ``place``: None: where the weight is, and no plans.
     """
     require(memory in MEMORY, f"explain: memory must be one of {', '.join(MEMORY)}, got '{memory}'")
-    device = weight.device
-    if channels_last is None:
-        channels_last = device.type == "cuda" and weight.element_size() == 2
     if _ext.module is None:
         return (Candidate("aten", None, None, 0, True),)
+    device = weight.device
+    at = place or Place(device.type, 0 if device.index is None else device.index)
+    if channels_last is None:
+        channels_last = at.type == "cuda" and weight.element_size() == 2
+    problem = (
+        tuple(input_size), weight.shape[0], stride, groups, dtype_name(weight.dtype), channels_last, activation,
+    )  # fmt: skip
     rows = _ext.module.explain(
-        prepared,
-        memory == "low",
-        device.type,
-        0 if device.index is None else device.index,
-        tuple(input_size),
-        weight.shape[0],
-        stride,
-        groups,
-        dtype_name(weight.dtype),
-        channels_last,
-        activation,
+        prepared, memory == "low", at.type, at.index, at.capability, at.multiprocessors, *problem
     )
-    return tuple(Candidate(*row) for row in rows)
+    candidates = []
+    for name, refusal, seconds, packed_bytes, chosen in rows:
+        plan = None
+        if place is not None and place.type == "cuda" and refusal is None and name != "aten":
+            plan = _ext.module.launch_plan(name, place.capability, place.multiprocessors, *problem)
+        launch = None if plan is None else LaunchPlan(**plan)
+        candidates.append(Candidate(name, refusal, seconds, packed_bytes, chosen, launch))
+    return tuple(candidates)
 
 
 def layer_text(input_size: Sequence[int], weight: Tensor, stride: int, groups: int) -> str:

@@ -296,8 +296,7 @@ class RepVGGBlock(nn.Module):
             if self.rbr_identity is not None:
                 y = y + self.rbr_identity(x)
         y = self.nonlinearity(self.se(y))
-        assert isinstance(y, Tensor)
-        return y
+        return y  # type: ignore[no-any-return]
 
     def branches(self) -> Branches:
         """The branches, sharing the tensors of this block, for :func:`repvgg_cuda.fuse_weights` (differentiable).
@@ -394,6 +393,5 @@ class RepVGGplusBlock(RepVGGBlock):
         self.post_se: nn.Module = SEBlock(out_channels, out_channels // 4) if use_post_se else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.post_se(super().forward(x))
-        assert isinstance(y, Tensor)
+        y: Tensor = self.post_se(super().forward(x))
         return y

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from repvgg_cuda import _ext, _registration, reference
-from repvgg_cuda.branches import Branches, require
-from repvgg_cuda.explanation import Explanation, explain_rows, layer_text, place_text
+from repvgg_cuda.branches import Branches, dtype_name, require
+from repvgg_cuda.explanation import Explanation, Place, explain_rows, layer_text, place_of, place_text
+from repvgg_cuda.gpus import gpu_named
 
 Activation = Literal["identity", "relu"]
 Memory = Literal["fast", "low"]
@@ -21,6 +22,9 @@ assert _registration.NAMESPACE == "repvgg_cuda"  # importing _registration is wh
 # The overloads themselves: to look one up in every call takes longer than to call it.
 _conv3x3 = torch.ops.repvgg_cuda.conv3x3.default
 _conv3x3_chain = torch.ops.repvgg_cuda.conv3x3_chain.default
+
+#: For exporters, which translate operators by their overloads.
+OVERLOADS = {"conv3x3": _conv3x3, "conv3x3_chain": _conv3x3_chain}
 
 
 def conv3x3(
@@ -190,6 +194,35 @@ def fuse_weights(
     return weight, bias
 
 
+def fuse_weights_batch(
+    blocks: Sequence[Branches], *, dtype: torch.dtype | None = None, bias_dtype: torch.dtype | None = None
+) -> list[tuple[Tensor, Tensor]]:
+    """:func:`fuse_weights` for many blocks in one call: on a GPU one launch folds up to 63 blocks of three branches.
+
+    Args:
+        blocks: all on one device; may be empty.
+        dtype, bias_dtype: as for :func:`fuse_weights`, for every block.
+    Returns:
+        What :func:`fuse_weights` gives for each block, bit for bit.
+    Raises:
+        RuntimeError: a tensor does not fit; the message names the block and the tensor.
+    Note:
+        Differentiable in every tensor. On a GPU neither waits for the device nor copies to it: can be captured in a
+        CUDA graph. Source: RepVGG, arXiv:2101.03697, sec. 3.3, formulas 3 and 4.
+    """
+    if not blocks:
+        return []
+    arguments = [block.op_args() for block in blocks]
+    tensors = [tensor for block_tensors, *_ in arguments for tensor in block_tensors]
+    for tensor in tensors:
+        _require_strided("fuse_weights_batch: every tensor", tensor)
+    counts = [len(block_tensors) for block_tensors, *_ in arguments]
+    bn_eps = [eps for _, block_eps, *_ in arguments for eps in block_eps]
+    geometry = [list(values) for values in zip(*(block[2:] for block in arguments), strict=True)]
+    weights, biases = torch.ops.repvgg_cuda.fuse_weights_batch(tensors, counts, bn_eps, *geometry, dtype, bias_dtype)
+    return list(zip(weights, biases, strict=True))
+
+
 def algorithms(device: str | torch.device = "cpu") -> list[str]:
     """The names that ``conv3x3(algorithm=...)`` takes on such a device; :func:`explain` says which one "auto" takes."""
     device_type = torch.device(device).type
@@ -245,6 +278,7 @@ def explain(
     activation: Activation = "identity",
     prepared: bool = False,
     memory: Memory = "fast",
+    gpu: str | None = None,
 ) -> Explanation:
     """Which algorithm ``conv3x3(algorithm="auto")`` runs on these arguments, and why not the others.
 
@@ -252,12 +286,16 @@ def explain(
         x, weight, stride, groups, activation: as for :func:`conv3x3`; only shapes, dtype, device and layout are read.
         prepared: as if ``weight`` were packed already, which is what :func:`prepack` asks.
         memory: as for :func:`prepack`.
+        gpu: as if the arguments were on such a GPU, one of ``repvgg_cuda.gpus.GPUS``; none need be at hand.
     Returns:
-        Per algorithm its refusal or its predicted time and the size of its packed weights. Print it.
+        Per algorithm its refusal or its predicted time, the size of its packed weights and, on a GPU, how it launches.
+        Print it.
     Raises:
         RuntimeError: the arguments disagree.
     """
     reference.check_conv3x3(x, weight, None, stride, groups, activation, "auto")
+    known = None if gpu is None else gpu_named(gpu)
+    place = place_of(x.device) if known is None else Place("cuda", -1, known.capability, known.multiprocessors)
     candidates = explain_rows(
         weight,
         tuple(x.shape),
@@ -267,10 +305,12 @@ def explain(
         memory=memory,
         channels_last=reference.output_format(x) == torch.channels_last,
         activation=activation,
+        place=place,
     )
-    text = f"{layer_text(tuple(x.shape), weight, stride, groups)}, {place_text(weight)}"
-    text += ", times of one thread" if x.device.type == "cpu" else ""
-    return Explanation(text, candidates, weight.numel() * weight.element_size(), prepared, memory)
+    where = place_text(weight) if known is None else f"{dtype_name(weight.dtype)} on {known.name}, none at hand"
+    text = f"{layer_text(tuple(x.shape), weight, stride, groups)}, {where}"
+    text += ", times of one thread" if place.type == "cpu" else ""
+    return Explanation(text, candidates, weight.numel() * weight.element_size(), prepared, memory, place)
 
 
 def _is_strided(tensor: object) -> bool:

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from repvgg_cuda.bench import duration
-from repvgg_cuda.timing import Row
+from repvgg_cuda.comparison import Row
+from repvgg_cuda.tables import duration
 
 COLUMNS, ROWS = 8, 6
 

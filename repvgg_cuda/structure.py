@@ -45,6 +45,8 @@ def conv_geometry(conv: nn.Conv2d) -> ConvGeometry:
     if conv.padding == "valid":
         padding = (0, 0)
     elif conv.padding == "same":
+        if any(d * (k - 1) % 2 for d, k in zip(dilation, kernel_size, strict=True)):
+            raise UnfoldableError(f"padding='same' is one-sided for kernel_size {kernel_size} and dilation {dilation}")
         padding = (dilation[0] * (kernel_size[0] - 1) // 2, dilation[1] * (kernel_size[1] - 1) // 2)
     else:
         padding = pair("padding", conv.padding)
@@ -67,6 +69,15 @@ def is_batchnorm(module: nn.Module | None) -> bool:
     return type(module).__name__ == "FrozenBatchNorm2d"
 
 
+TRAINING_MODE = (
+    "the BatchNorm is in training mode, where it normalises by the batch and cannot be folded; call model.eval() first"
+)
+NO_STATISTICS = (
+    "the BatchNorm has no running statistics (track_running_stats=False), so it normalises by the batch and cannot be "
+    "folded; train with track_running_stats=True"
+)
+
+
 def batchnorm_of(module: nn.Module, path: str) -> BatchNorm:
     """The numbers of a BatchNorm layer in eval mode.
 
@@ -77,16 +88,9 @@ def batchnorm_of(module: nn.Module, path: str) -> BatchNorm:
     if not is_batchnorm(module):
         raise UnfoldableError(f"{path} is a {type(module).__name__}, not a plain BatchNorm2d or SyncBatchNorm")
     mean, var = module.running_mean, module.running_var
-    require(
-        isinstance(mean, Tensor) and isinstance(var, Tensor),
-        f"{path}: the BatchNorm has no running statistics (track_running_stats=False), so it normalises by the batch "
-        "and cannot be folded; train with track_running_stats=True",
-    )
-    require(
-        not (module.training and isinstance(module, nn.modules.batchnorm._BatchNorm)),
-        f"{path}: the BatchNorm is in training mode, where it normalises by the batch and cannot be folded; "
-        "call model.eval() first",
-    )
+    require(isinstance(mean, Tensor) and isinstance(var, Tensor), f"{path}: {NO_STATISTICS}")
+    frozen = not isinstance(module, nn.modules.batchnorm._BatchNorm)
+    require(frozen or not module.training, f"{path}: {TRAINING_MODE}")
     assert isinstance(mean, Tensor)
     assert isinstance(var, Tensor)
     weight, bias = module.weight, module.bias
@@ -95,7 +99,7 @@ def batchnorm_of(module: nn.Module, path: str) -> BatchNorm:
     return BatchNorm(mean, var, float(str(module.eps)), weight, bias)
 
 
-def _is_plain_conv(module: nn.Module) -> bool:
+def is_plain_conv(module: nn.Module) -> bool:
     """True for a Conv2d, not for a subclass that computes something else (weight standardization, "same" padding)."""
     if not isinstance(module, nn.Conv2d):
         return False
@@ -107,7 +111,7 @@ def _conv_and_batchnorm(module: nn.Module, path: str) -> tuple[nn.Conv2d, str, n
     """The convolution and the BatchNorm (or None) of a branch, each with its path; found by type, not by name."""
     named = list(module.named_children()) if not isinstance(module, nn.Conv2d) else []
     layers = [(f"{path}.{name}", child) for name, child in named if type(child) is not nn.Identity] or [(path, module)]
-    if not _is_plain_conv(layers[0][1]):
+    if not is_plain_conv(layers[0][1]):
         raise UnfoldableError(f"{layers[0][0]} is a {type(layers[0][1]).__name__}, not a plain Conv2d")
     if len(layers) > 2 or (len(layers) == 2 and not is_batchnorm(layers[1][1])):
         extra = layers[2] if len(layers) > 2 else layers[1]

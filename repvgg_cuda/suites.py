@@ -7,81 +7,108 @@ a time is a row with a right answer.
 
 from __future__ import annotations
 
-import contextlib
-import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from repvgg_cuda import digits, reference, testing
-from repvgg_cuda.branches import BatchNorm, Branch, Branches, dtype_name, shape_name
-from repvgg_cuda.convert import reparameterize
-from repvgg_cuda.models import create_model
+from repvgg_cuda import baselines, checks, networks, reference, testing
+from repvgg_cuda.baselines import CHANNELS_LAST, CUDA_GRAPH, THREE_BRANCHES, Baseline, Workload
+from repvgg_cuda.branches import BatchNorm, Branch, Branches
+from repvgg_cuda.checks import Check, Truth, check_close
+from repvgg_cuda.comparison import Candidate, Work
+from repvgg_cuda.devices import CpuDevice, CudaDevice, Device, DryRunDevice
 from repvgg_cuda.modules import RepConv3x3
-from repvgg_cuda.ops import Activation, algorithms, conv3x3, fuse_weights, refusal
-from repvgg_cuda.timing import Candidate
-from repvgg_cuda.verification import NETWORK_FACTOR, verify
-
-THREE_BRANCHES = "three branches"
-
-#: TF32 keeps 10 bits of each factor, and may cut the rest off.
-TF32_UNIT = 2.0**-10
+from repvgg_cuda.networks import OWN_PREFIX
+from repvgg_cuda.ops import Activation, ChainLayer, algorithms, conv3x3, fuse_weights, prepack, refusal
+from repvgg_cuda.timing import Run
 
 #: The (in_channels, out_channels, groups) of RepVGG blocks whose weights the fusion suite folds.
 FUSION_BLOCKS = ((48, 48, 1), (192, 192, 1), (512, 512, 4), (512, 512, 1), (512, 2048, 1))
 
-#: What the names of rows of this library's convolution begin with; an algorithm's name follows.
-OWN_PREFIX = "fused conv3x3 "
-#: And the row of its fold.
+#: The row of this library's fold.
 FUSE_WEIGHTS = "fuse_weights"
 
-#: The networks of the models suite, unless the user names others.
+#: The networks of the models suite, unless the user names others: always, and in a full run.
 DEFAULT_MODELS = ("digits", "RepVGG-A0")
+FULL_MODELS = (*DEFAULT_MODELS, "RepVGG-A2", "RepVGG-B1", "RepVGG-B1g4", "RepVGG-D2se")
 
-Cases = Iterator[tuple[str, list[Candidate]]]
-Check = Callable[[Any], str]
+#: Channels and size of the chains suite, each as CHAIN_DEPTH equal layers.
+CHAINS = ((48, 56), (64, 56), (96, 28), (128, 28), (192, 14), (256, 14), (512, 14))
+CHAIN_DEPTH = 4
+
+#: Heights and widths of the small suite, which has the digits network too.
+SMALL = ((64, 64), (97, 131))
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What every suite is told: where and in which dtype to run, and whether to keep to a few small cases."""
+    """What every suite is told: where, in which dtype and with which batches to run, and how much of everything.
+
+    Args:
+        quick: a few small cases, and only the baselines that are there at once.
+        full: every case, network and baseline, also those that take seconds to build.
+        against: keys of baselines; None: what ``quick`` and ``full`` say.
+        dry_run: rehearses a GPU on the CPU, where the tensors then are.
+    """
 
     device: torch.device
     dtype: torch.dtype
     quick: bool = False
     models: tuple[str, ...] = ()
+    full: bool = False
+    batches: tuple[int, ...] = (1,)
+    against: tuple[str, ...] | None = None
+    dry_run: bool = False
 
     @property
     def tf32(self) -> bool:
         """Whether cuDNN may round float32 factors to TF32."""
         return self.device.type == "cuda" and self.dtype == torch.float32 and bool(torch.backends.cudnn.allow_tf32)
 
+    @property
+    def target(self) -> Device:
+        if self.dry_run:
+            return DryRunDevice()
+        return CudaDevice(self.device.index) if self.device.type == "cuda" else CpuDevice()
 
-# ------------------------------------------------------------------------------------------------------------ checks
+    def baselines(self) -> list[Baseline]:
+        """Those to compare with. "three-branches" and "eager" are always among them."""
+        chosen = []
+        for baseline in baselines.baselines(self.target):
+            always = baseline.key in ("three-branches", "eager")
+            if self.against is not None:
+                wanted = baseline.key in self.against
+            else:
+                wanted = self.full or (not baseline.slow and (not self.quick or baseline.exact))
+            if always or wanted:
+                chosen.append(baseline)
+        return chosen
 
 
-def check_close(want: Tensor, bound: Tensor, dtype: torch.dtype) -> Check:
-    """A check that the output has the shape of ``want``, the given dtype, and lies within ``bound`` everywhere."""
+class Built(NamedTuple):
+    """A case with its weights and its truth. The first candidate is the baseline of the speed-ups."""
 
-    def check(y: Tensor) -> str:
-        if y.shape != want.shape or y.dtype != dtype:
-            expected = f"{shape_name(want)} {dtype_name(dtype)}"
-            return f"expected {expected}, got {shape_name(y)} {dtype_name(y.dtype)}"
-        return "" if bool(((y.double() - want).abs() <= bound).all()) else testing.worst(y, want, bound)
-
-    return check
+    candidates: list[Candidate]
+    work: Work | None = None
 
 
-def with_tf32(bound: Tensor, terms: int, setup: Setup) -> Tensor:
-    """``bound``, which is at least ``terms`` float32 units of the sum of magnitudes, with both factors in TF32."""
-    if not setup.tf32:
-        return bound
-    in_units = (2 * TF32_UNIT + TF32_UNIT**2) / (terms * testing.unit_roundoff(torch.float32))
-    return bound * (1 + in_units)
+@dataclass(frozen=True)
+class Case:
+    """One line of a suite; ``build`` may take a while. ``group`` is the name without the batch."""
+
+    name: str
+    build: Callable[[], Built]
+    batch: int = 1
+    group: str = ""
+
+
+Cases = Sequence[Case]
 
 
 def block_to(branches: Branches, device: torch.device, dtype: torch.dtype) -> Branches:
@@ -115,73 +142,92 @@ class BlockCase:
     def multi_branch(self, name: str, branches: Branches, truth: Tensor) -> Candidate:
         """The unfused block in eager PyTorch."""
         terms = 9 * branches.in_channels // branches.groups
-        bound = with_tf32(testing.multi_branch_bound(self.x, branches, self.stride), terms, self.setup)
+
+        def bound() -> Tensor:
+            return checks.with_tf32(testing.multi_branch_bound(self.x, branches, self.stride), terms, self.setup.tf32)
+
+        known = Truth(lambda: truth, bound, self.x.dtype)
         return Candidate(
             name,
             lambda: self.act(reference.multi_branch(self.x, branches, self.stride)),
-            check_close(truth, bound, self.x.dtype),
+            known.check,
+            error=known.error,
         )
 
     def fused(self, truth: Tensor, formats: Sequence[torch.memory_format]) -> Iterator[Candidate]:
-        """The fused block: F.conv2d (and cuDNN's fused call, on CUDA), then conv3x3 with every algorithm."""
+        """The fused block: the baselines of the device, then ours as a user calls it, then by every algorithm."""
         weight, bias = fuse_weights(self.branches)
-        groups, stride = self.branches.groups, self.stride
-        weight_bound, bias_bound = testing.fold_bound(self.branches, weight.dtype)
-        folding = testing.conv3x3_fp64(self.x.abs(), weight_bound, bias_bound, stride, groups)
+        work = self.workload(weight, bias)
+        # cuDNN may choose a Winograd algorithm, with transforms that it does not document: ours stand for them.
+        any_algorithm = self._known(truth, weight, bias, "aten", "winograd6" if self.stride == 1 else "polyphase")
+        pytorch = any_algorithm if self.x.device.type == "cuda" else self._known(truth, weight, bias, "aten")
+        for baseline in self.setup.baselines():
+            if not baseline.needs_trained:
+                yield networks.baseline_candidate(baseline, work, pytorch)
+        yield from networks.own_candidates(work, any_algorithm)
         for memory_format in formats:
             x = self.x.contiguous(memory_format=memory_format)
             w = weight.contiguous(memory_format=memory_format)
-            suffix = ", channels_last" if memory_format == torch.channels_last else ""
-            direct = testing.error_bound(x, w, bias, stride, groups) + folding
-            yield from self._pytorch(
-                x, w, bias, suffix, check_close(truth, with_tf32(direct, 9 * w.shape[1], self.setup), x.dtype)
-            )
+            suffix = CHANNELS_LAST if memory_format == torch.channels_last else ""
             for algorithm in algorithms(x.device):
-                bound = testing.error_bound(x, w, bias, stride, groups, algorithm) + folding
-                if algorithm == "aten":
-                    bound = with_tf32(bound, 9 * w.shape[1], self.setup)
-                yield self._ours(algorithm, x, w, bias, suffix, check_close(truth, bound, x.dtype))
+                known = self._known(truth, weight, bias, algorithm)
+                ours = self._ours(algorithm, x, w, bias, suffix, known)
+                yield ours
+                if work.device.kind == "cuda" and algorithm != "aten":
+                    build = partial(self._captured, algorithm, x, weight, bias)
+                    yield dataclasses.replace(ours, name=ours.name + CUDA_GRAPH, run=None, build=build)
 
-    def _pytorch(self, x: Tensor, w: Tensor, bias: Tensor, suffix: str, check: Check) -> Iterator[Candidate]:
-        stride, groups = self.stride, self.branches.groups
+    def workload(self, weight: Tensor, bias: Tensor) -> Workload:
+        """The fused block for the baselines, which get the very tensors that conv3x3 gets."""
+        conv = RepConv3x3(
+            self.branches.in_channels,
+            self.branches.out_channels,
+            stride=self.stride,
+            groups=self.branches.groups,
+            activation=self.activation,
+            device="meta",
+        ).eval()
+        conv.weight, conv.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in (weight, bias))
+        layer = ChainLayer(weight, bias, self.stride, self.branches.groups, self.activation)
+        return Workload(
+            conv,
+            self.x,
+            self.setup.target,
+            lambda x: self.act(reference.multi_branch(x, self.branches, self.stride)),
+            [layer],
+        )
 
-        def conv2d() -> Tensor:
-            return self.act(F.conv2d(x, w, bias, stride, 1, 1, groups))
+    def _known(self, truth: Tensor, weight: Tensor, bias: Tensor, *names: str) -> Truth:
+        """With the widest of the bounds of the algorithms of these names."""
 
-        name = "fused F.conv2d + relu" if self.activation == "relu" else "fused F.conv2d"
-        yield Candidate(name + suffix, conv2d, check)
-        if x.device.type != "cuda":
-            return
-        yield Candidate(f"{name}, cudnn.benchmark{suffix}", conv2d, check, context=cudnn_benchmark)
-        if self.activation == "relu":
+        def bound() -> Tensor:
+            stride, groups = self.stride, self.branches.groups
+            spread, shift = testing.fold_bound(self.branches, weight.dtype)
+            folding = testing.conv3x3_fp64(self.x.abs(), spread, shift, stride, groups)
+            usable = [name for name in names if name == names[0] or self.x.dtype == torch.float32]
+            bounds = [testing.error_bound(self.x, weight, bias, stride, groups, name) for name in usable]
+            widest = torch.stack(bounds).amax(0) + folding
+            return checks.with_tf32(widest, 9 * weight.shape[1], self.setup.tf32 and "aten" in names)
 
-            def conv2d_relu() -> Tensor:
-                return torch.cudnn_convolution_relu(x, w, bias, [stride] * 2, [1, 1], [1, 1], groups)
+        return Truth(lambda: truth, bound, self.x.dtype)
 
-            yield Candidate(f"cudnn_convolution_relu{suffix}", conv2d_relu, check)
-            yield Candidate(
-                f"cudnn_convolution_relu, cudnn.benchmark{suffix}", conv2d_relu, check, context=cudnn_benchmark
-            )
-
-    def _ours(self, algorithm: str, x: Tensor, w: Tensor, bias: Tensor, suffix: str, check: Check) -> Candidate:
+    def _ours(self, algorithm: str, x: Tensor, w: Tensor, bias: Tensor, suffix: str, known: Truth) -> Candidate:
         stride, groups, activation = self.stride, self.branches.groups, self.activation
         return Candidate(
             f"{OWN_PREFIX}{algorithm}{suffix}",
             lambda: conv3x3(x, w, bias, stride=stride, groups=groups, activation=activation, algorithm=algorithm),
-            check,
+            known.check,
             refusal=refusal(algorithm, x, w, stride=stride, groups=groups, activation=activation),
+            own=True,
+            error=known.error,
         )
 
-
-@contextlib.contextmanager
-def cudnn_benchmark() -> Iterator[None]:
-    """Lets cuDNN try its algorithms once per shape and keep the fastest."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
+    def _captured(self, algorithm: str, x: Tensor, weight: Tensor, bias: Tensor) -> Run:
+        """A row with packed weights as a CUDA graph: what a layer of a captured network costs."""
+        geometry: Any = {"stride": self.stride, "groups": self.branches.groups}
+        packed = prepack(weight, x.shape, **geometry, algorithm=algorithm)
+        run = partial(conv3x3, x, weight, bias, **geometry, activation=self.activation, packed=packed)
+        return self.setup.target.capture(run)
 
 
 def as_3x3_branches(branches: Branches) -> Branches:
@@ -197,24 +243,41 @@ def as_3x3_branches(branches: Branches) -> Branches:
 # ------------------------------------------------------------------------------------------------------------ suites
 
 
+def work_of_layer(case: testing.Case, dtype: torch.dtype) -> Work:
+    p, q = (case.H - 1) // case.stride + 1, (case.W - 1) // case.stride + 1
+    moved = case.N * (case.C * case.H * case.W + case.K * p * q) + case.K * case.terms + case.K
+    return Work(float(case.flops), float(moved * dtype.itemsize))
+
+
 def notebook_suite(setup: Setup) -> Cases:
     """conv3x3 + conv1x1 + identity, without BatchNorm, on a 256x256 image of two channels."""
     case = next(case for case in testing.EDGE_CASES if case.name == "notebook")
-    x = case.tensors(setup.dtype, setup.device)[0]
-    branches = block_to(testing.random_branches(case.C, case.K, bias=True, bn=False), setup.device, setup.dtype)
-    block = BlockCase(x, branches, case.stride, "identity", setup)
-    truth = block.truth()
-    candidates = [
-        block.multi_branch(THREE_BRANCHES, branches, truth),
-        block.multi_branch("three 3x3 convolutions", as_3x3_branches(branches), truth),
-        *block.fused(truth, [torch.contiguous_format]),
-    ]
-    yield str(case), candidates
+
+    def build() -> Built:
+        x = case.tensors(setup.dtype, setup.device)[0]
+        branches = block_to(testing.random_branches(case.C, case.K, bias=True, bn=False), setup.device, setup.dtype)
+        block = BlockCase(x, branches, case.stride, "identity", setup)
+        truth = block.truth()
+        candidates = [
+            block.multi_branch(THREE_BRANCHES, branches, truth),
+            block.multi_branch("three 3x3 convolutions", as_3x3_branches(branches), truth),
+            *block.fused(truth, [torch.contiguous_format]),
+        ]
+        return Built(candidates, work_of_layer(case, setup.dtype))
+
+    return [Case(str(case), build, group="notebook, (1, 2, 256, 256)")]
 
 
 def layers_suite(setup: Setup) -> Cases:
-    """The distinct blocks of RepVGG-A0 and B1 with BatchNorm and ReLU, batch 1."""
-    for case in testing.REPVGG_LAYERS[:3] if setup.quick else testing.REPVGG_LAYERS:
+    """The distinct blocks of RepVGG-A0 and B1 with BatchNorm and ReLU."""
+    chosen = testing.REPVGG_LAYERS[:3] if setup.quick else testing.REPVGG_LAYERS
+    return [layer_case(setup, dataclasses.replace(case, N=batch)) for batch in setup.batches for case in chosen]
+
+
+def layer_case(setup: Setup, case: testing.Case) -> Case:
+    """One block with BatchNorm and ReLU, of the size of ``case``, with every candidate."""
+
+    def build() -> Built:
         x = case.tensors(setup.dtype, setup.device)[0]
         identity = case.C == case.K and case.stride == 1
         branches = testing.random_branches(case.C, case.K, case.groups, identity=identity)
@@ -225,14 +288,22 @@ def layers_suite(setup: Setup) -> Cases:
             block.multi_branch(name, block.branches, truth),
             *block.fused(truth, [torch.contiguous_format, torch.channels_last]),
         ]
-        yield str(case), candidates
+        return Built(candidates, work_of_layer(case, setup.dtype))
+
+    return Case(str(case), build, case.N)
 
 
 def fusion_suite(setup: Setup) -> Cases:
     """The fold of a trained float32 block into one kernel and bias of the given dtype."""
-    for c_in, c_out, groups in FUSION_BLOCKS[:2] if setup.quick else FUSION_BLOCKS:
+
+    def build(c_in: int, c_out: int, groups: int) -> Built:
         branches = block_to(testing.random_branches(c_in, c_out, groups), setup.device, torch.float32)
-        yield f"fold-{c_in}-{c_out}" + (f"g{groups}" if groups > 1 else ""), _fusion_candidates(branches, setup.dtype)
+        return Built(_fusion_candidates(branches, setup.dtype))
+
+    return [
+        Case(f"fold-{c_in}-{c_out}" + (f"g{groups}" if groups > 1 else ""), partial(build, c_in, c_out, groups))
+        for c_in, c_out, groups in (FUSION_BLOCKS[:2] if setup.quick else FUSION_BLOCKS)
+    ]
 
 
 def _fusion_candidates(branches: Branches, dtype: torch.dtype) -> list[Candidate]:
@@ -249,7 +320,7 @@ def _fusion_candidates(branches: Branches, dtype: torch.dtype) -> list[Candidate
             lambda: fold_step_by_step(branches, identity, dtype),
             _check_fold(want, always, dtype),
         ),
-        Candidate(FUSE_WEIGHTS, lambda: fuse_weights(branches, dtype=dtype), _check_fold(want, once, dtype)),
+        Candidate(FUSE_WEIGHTS, lambda: fuse_weights(branches, dtype=dtype), _check_fold(want, once, dtype), own=True),
     ]
 
 
@@ -290,144 +361,65 @@ def _check_fold(want: tuple[Tensor, Tensor], bounds: Sequence[Tensor], dtype: to
 
 
 def models_suite(setup: Setup) -> Cases:
-    """Whole networks at batch 1: the digits network, and networks of the RepVGG family with random weights."""
-    formats = [torch.contiguous_format, torch.channels_last]
-    for name in setup.models:
-        trained, x = build_model(name, setup)
-        candidates = model_candidates(trained, reparameterize(trained).model, x, formats)
-        yield f"{name}-{'x'.join(map(str, x.shape))}", candidates
+    """Whole networks: the digits network, and networks of the RepVGG family, or of timm, with random weights."""
+    names = setup.models or (FULL_MODELS if setup.full else DEFAULT_MODELS)
+    return [network_case(setup, name, batch) for batch in setup.batches for name in names]
 
 
-def build_model(name: str, setup: Setup) -> tuple[nn.Module, Tensor]:
-    """A trained network in eval mode, and an input for it at batch 1.
-
-    "digits" is the demo's network with a held-out scan. The others have random weights, because how long a network
-    takes does not depend on what it has learnt; but their BatchNorms have statistics, so that they fold into something.
-    """
-    if name == "digits":
-        model: nn.Module = digits.load_trained()
-        x = digits.preprocess(digits.load_digits()[1].scans[:1])
-    else:
-        model = randomise_(create_model(name)).eval()
-        size = 320 if name.endswith("se") else 224
-        x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1))
-    return model.to(setup.device, setup.dtype), x.to(setup.device, setup.dtype)
+def small_suite(setup: Setup) -> Cases:
+    """Small work, where what is not arithmetic counts: RepVGG-A0 on small images, and the digits network."""
+    sizes = [network_case(setup, "RepVGG-A0", batch, size) for batch in setup.batches for size in SMALL]
+    return [*sizes, *(network_case(setup, "digits", batch) for batch in setup.batches)]
 
 
-@torch.no_grad()
-def randomise_(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Redraws every weight and BatchNorm statistic of ``model``, in place, as training might have left them."""
-    generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            drawn = testing.random_batchnorm(module.num_features, generator)
-            for own, value in (
-                (module.running_mean, drawn.mean),
-                (module.running_var, drawn.var),
-                (module.weight, drawn.weight),
-                (module.bias, drawn.bias),
-            ):
-                assert own is not None
-                assert value is not None
-                own.copy_(value)
-        elif isinstance(module, nn.Conv2d):
-            fan_in = module.weight[0].numel()
-            module.weight.copy_(torch.randn(module.weight.shape, generator=generator) / fan_in**0.5)
-        elif isinstance(module, nn.Linear):  # small, because features after a ReLU have one sign: logits of order 1
-            module.weight.copy_(torch.randn(module.weight.shape, generator=generator) / module.in_features)
-    return model
+def chains_suite(setup: Setup) -> Cases:
+    """Four equal deployed layers in a row, as in a network; without branches, as there are none after the stem."""
+
+    def build(channels: int, size: int, batch: int) -> Built:
+        work = chain_workload(setup, channels, size, batch)
+        truth = checks.network_truth(work.deployed, work.deployed, work.x)
+        return Built(list(network_rows(setup, work, truth)), networks.work_of(work.deployed, work.x))
+
+    return [
+        Case(f"{channels}@{size}-batch{batch}", partial(build, channels, size, batch), batch, f"{channels}@{size}")
+        for batch in setup.batches
+        for channels, size in ([(16, 8)] if setup.quick else CHAINS)
+    ]
 
 
-class TorchConv3x3(RepConv3x3):
-    """The deployed convolution as PyTorch alone runs it: F.conv2d and an in-place ReLU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.conv2d(x, self.weight, self.bias, self.stride, 1, 1, self.groups)
-        return y.relu_() if self.activation == "relu" else y
-
-
-def model_candidates(
-    trained: nn.Module | None, deployed: nn.Module, x: Tensor, formats: Sequence[torch.memory_format]
-) -> list[Candidate]:
-    """Every form of one network: trained (if there is one), then deployed on F.conv2d and on each algorithm."""
-
-    def candidate(name: str, model: nn.Module, x: Tensor, refused: str | None = None) -> Candidate:
-        check = _check_output(deployed, deployed, x) if trained is None else _check_network(trained, model, x)
-        return Candidate(name, lambda: model(x), check, refused)
-
-    candidates = []
-    if trained is not None:
-        candidates.append(Candidate(THREE_BRANCHES, lambda: trained(x), _check_output(trained, deployed, x)))
-    for memory_format in formats:
-        suffix = ", channels_last" if memory_format == torch.channels_last else ""
-        own: Any = copy.deepcopy(deployed)
-        model: nn.Module = own.to(memory_format=memory_format)
-        images = x.contiguous(memory_format=memory_format)
-        in_torch = copy.deepcopy(model)
-        for conv in _convolutions(in_torch):
-            conv.__class__ = TorchConv3x3
-        candidates.append(candidate(f"fused F.conv2d + relu{suffix}", in_torch, images))
-        candidates.append(candidate(f"{OWN_PREFIX}auto{suffix}", model, images))
-        for algorithm in algorithms(x.device):
-            ours, ran, refused = with_algorithm(model, algorithm, images)
-            partly = f" in {ran} of {len(_convolutions(ours))} layers, aten in the others" if ran and refused else ""
-            name = f"{OWN_PREFIX}{algorithm}{partly}{suffix}"
-            candidates.append(candidate(name, ours, images, None if ran else refused))
-    return candidates
+def chain_workload(setup: Setup, channels: int, size: int, batch: int) -> Workload:
+    """Equal layers with He's weights, so that activations keep their size."""
+    generator = torch.Generator().manual_seed(channels)
+    layers, convs = [], []
+    for _ in range(CHAIN_DEPTH):
+        weight = torch.randn(channels, channels, 3, 3, generator=generator) * (2 / (9 * channels)) ** 0.5
+        bias = torch.randn(channels, generator=generator) * 0.1
+        weight, bias = weight.to(setup.device, setup.dtype), bias.to(setup.device, setup.dtype)
+        layers.append(ChainLayer(weight, bias, activation="relu"))
+        conv = RepConv3x3(channels, channels, activation="relu", device="meta")
+        conv.weight, conv.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in (weight, bias))
+        convs.append(conv)
+    x = torch.randn(batch, channels, size, size, generator=generator).to(setup.device, setup.dtype)
+    return Workload(nn.Sequential(*convs).eval(), x, setup.target, None, layers)
 
 
-def _check_network(trained: nn.Module, model: nn.Module, x: Tensor) -> Check:
-    """A check that every layer of the deployed ``model``, and its output, is right: :func:`verification.verify`."""
+def network_case(setup: Setup, name: str, batch: int, size: tuple[int, int] | None = None) -> Case:
+    """One network with every candidate."""
 
-    def check(y: Tensor) -> str:
-        if not bool(y.isfinite().all()):
-            return "the output holds NaN or infinity"
-        row = verify(trained, model, x).first_failure
-        return "" if row is None else f"{row.name}: error {row.error:.3g}, bound {row.bound:.3g}"
+    def build() -> Built:
+        trained, x = networks.build_model(name, setup.device, setup.dtype, batch, size)
+        deployed = networks.deploy(trained)
+        work = networks.workload(trained, deployed, x, setup.target)
+        truth = checks.network_truth(trained, deployed, x)
+        return Built(list(network_rows(setup, work, truth)), networks.work_of(deployed, x))
 
-    return check
-
-
-def _check_output(model: nn.Module, peer: nn.Module, x: Tensor) -> Check:
-    """A check of the output alone, against ``model`` itself in float64.
-
-    It may be off by what :func:`verification.verify` allows: a small multiple of the error of ``peer``, another
-    evaluation of the same network, in the dtype of ``x``.
-    """
-
-    def check(y: Tensor) -> str:
-        want = copy.deepcopy(model).double()(x.double())
-        peer_error = (peer(x).double() - want).abs().max()
-        bound = NETWORK_FACTOR * torch.maximum(peer_error, testing.unit_roundoff(x.dtype) * want.abs().max())
-        return check_close(want, bound.expand_as(want), x.dtype)(y)
-
-    return check
+    shape = networks.input_shape(name, batch, size)
+    group = name if size is None else f"{name} {size[0]}x{size[1]}"
+    return Case(f"{name}-{'x'.join(map(str, shape))}", build, batch, group)
 
 
-def _convolutions(model: nn.Module) -> list[RepConv3x3]:
-    return [module for module in model.modules() if isinstance(module, RepConv3x3)]
-
-
-@torch.inference_mode()
-def with_algorithm(model: nn.Module, algorithm: str, x: Tensor) -> tuple[nn.Module, int, str | None]:
-    """A copy of ``model`` that runs ``algorithm`` in every layer that it accepts, given the input ``x``, else aten.
-
-    Returns:
-        The copy, in how many layers ``algorithm`` runs, and the last of its refusals.
-    """
-    model = copy.deepcopy(model)
-    reasons: list[str | None] = []
-
-    def ask(conv: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(conv, RepConv3x3)
-        x, weight = inputs[0], conv.weight
-        reason = refusal(algorithm, x, weight, stride=conv.stride, groups=conv.groups, activation=conv.activation)
-        conv.algorithm = "aten" if reason else algorithm
-        reasons.append(reason)
-
-    hooks = [conv.register_forward_pre_hook(ask) for conv in _convolutions(model)]
-    model(x)
-    for hook in hooks:
-        hook.remove()
-    refusals = [reason for reason in reasons if reason]
-    return model, len(reasons) - len(refusals), refusals[-1] if refusals else None
+def network_rows(setup: Setup, work: Workload, truth: Truth) -> Iterator[Candidate]:
+    for baseline in setup.baselines():
+        if work.trained is not None or not baseline.needs_trained:
+            yield networks.baseline_candidate(baseline, work, truth)
+    yield from networks.own_candidates(work, truth, algorithm_rows=setup.full)

@@ -124,17 +124,49 @@ def error_bound(
     it by u of that type, and half a subnormal step; the result before the bias may have been stored too. ReLU adds
     nothing.
 
+    Tensor cores (:data:`TENSOR_CORES`) multiply exactly, but add the products of a block of at least 8 to the sum so far
+    after cutting all of them off at the unit in the last place of the largest: 9 errors of 2 u for 8 products (Fasi,
+    Higham, Mikaitis, Pranesh, Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science 7:e330, 2021). tf32
+    rounds the weight to 11 bits and cuts x off after 11 before that.
+
     Winograd rows (:data:`WINOGRAD`) compute ``A^T [U * (B^T d B)] A`` tile by tile, so their bound is gamma of the
     longest chain of roundings (C_in / groups products; at most pairs + 3 in each of four 1-D transforms; one for U, one
     for the bias) times the same expression over absolute values. NaN or Inf where the oracle is not finite.
     """
     if algorithm in WINOGRAD:
         return _winograd_bound(x, weight, bias, stride, groups, WINOGRAD[algorithm])
+    tensor_cores = algorithm in TENSOR_CORES and (x.dtype != torch.float32 or algorithm == "mma_tf32")
+    return conv_error_bound(
+        x, weight, bias, (stride, stride), (1, 1), (1, 1), groups,
+        rounding=2 * 9 / 8 if tensor_cores else 1,
+        operands=(1 + 2**-11) * (1 + 2**-10) - 1 if algorithm == "mma_tf32" else 0,
+    )  # fmt: skip
+
+
+def conv_error_bound(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    *,
+    rounding: float = 1,
+    operands: float = 0,
+) -> Tensor:
+    """:func:`error_bound` for a sum of products with a kernel of any size, as F.conv2d computes it.
+
+    ``rounding``: the error of one addition in units of the type that is summed in. ``operands``: the relative error of
+    a product whose factors are rounded first.
+    """
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    n = 9 * weight.shape[1] + 1
-    u = unit_roundoff(compute)
-    absolute = conv3x3_fp64(x.abs(), weight.abs(), None if bias is None else bias.abs(), stride, groups)
+    n = weight[0].numel() + 1
+    u = unit_roundoff(compute) * rounding
+    magnitudes = (weight.abs().double(), None if bias is None else bias.abs().double())
+    absolute = F.conv2d(x.abs().double(), *magnitudes, stride, padding, dilation, groups)
     bound = n * u / (1 - n * u) * absolute
+    bound = bound * (1 + operands) + operands * absolute
     if x.dtype != compute:
         u_out = unit_roundoff(x.dtype)
         bound = bound * (1 + 2 * u_out) + 2 * u_out * absolute + torch.finfo(x.dtype).smallest_normal * u_out * 2
@@ -142,6 +174,9 @@ def error_bound(
         bound = 2 * bound  # the oracle itself rounds in the same way
     return bound
 
+
+#: Rows of the CUDA table that multiply on tensor cores.
+TENSOR_CORES = ("mma", "mma_tf32", "stem")
 
 #: Pairs of evaluation points of each Winograd row (csrc/core/winograd_points.h).
 WINOGRAD: Mapping[str, tuple[float, ...]] = {
@@ -214,12 +249,15 @@ def _winograd_bound(
     rows, cols = (winograd_tiles(extent, len(pairs), stride) for extent in (height, width))
     for row_cls in {cls for _, cls in rows}:
         for col_cls in {cls for _, cls in cols}:
-            (a_r, g_r, b_r), (a_c, g_c, b_c) = (winograd_matrices(pairs, cls, stride) for cls in (row_cls, col_cls))
+            (a_r, g_r, b_r), (a_c, g_c, b_c) = (
+                [matrix.to(x.device) for matrix in winograd_matrices(pairs, cls, stride)] for cls in (row_cls, col_cls)
+            )
             starts = [
                 torch.tensor([s for s, cls in tiles if cls == c]) for tiles, c in ((rows, row_cls), (cols, col_cls))
             ]
             in_r, in_c = (
-                s[:, None] * stride + torch.arange(b.shape[1]) for s, b in zip(starts, (b_r, b_c), strict=True)
+                (s[:, None] * stride + torch.arange(b.shape[1])).to(x.device)
+                for s, b in zip(starts, (b_r, b_c), strict=True)
             )
             windows = padded[:, :, in_r][:, :, :, :, in_c]  # [N, C, tiles, inputs, tiles, inputs]
             v = torch.einsum("pi,qj,ncaibj->ncabpq", b_r.abs(), b_c.abs(), windows)
@@ -232,7 +270,9 @@ def _winograd_bound(
                 1,
             )
             out = torch.einsum("rp,sq,nkabpq->nkarbs", a_r.abs(), a_c.abs(), m)
-            out_r, out_c = (s[:, None] + torch.arange(a.shape[0]) for s, a in zip(starts, (a_r, a_c), strict=True))
+            out_r, out_c = (
+                (s[:, None] + torch.arange(a.shape[0])).to(x.device) for s, a in zip(starts, (a_r, a_c), strict=True)
+            )
             total[:, :, out_r[:, :, None, None], out_c] = out
     total = total[:, :, :height, :width]
     if bias is not None:

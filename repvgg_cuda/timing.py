@@ -1,24 +1,25 @@
 # SPDX-License-Identifier: MIT
-"""How long a call takes: clocks, warm-up, interleaved rounds, and rows of results.
+"""How long a call takes: clocks, warm-up, interleaved rounds, caches warm or cold.
 
-Candidates are timed side by side: every round runs each of them once, in random order, so that a clock change or a
+What is timed is timed side by side: every round runs each callable once, in random order, so that a clock change or a
 noisy neighbour meets all of them alike, and a ratio is taken within a round. Every call gets the same tensors, so
-caches are warm. That flatters a single layer, whose weights a whole network may have evicted, all candidates alike.
+caches are warm. That flatters a single layer, whose weights a whole network may have evicted, all alike; with ``flush``
+nothing is left in them before a sample, which is then a single call.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import gc
 import random
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
+
+from repvgg_cuda.intervals import percentile, ratio
 
 #: A sample is at least this long, and at least RESOLUTIONS_PER_SAMPLE steps of the clock.
 MIN_SAMPLE_NS = 500_000.0
@@ -29,9 +30,6 @@ STABLE_SAMPLES = 3
 STABLE_SPREAD = 1.05
 WARM_UP_NS = 1e9
 
-#: What the name of a repeated candidate ends in: the same thing timed again, to show the noise.
-AGAIN = " (again)"
-
 Run = Callable[[], object]
 Context = Callable[[], contextlib.AbstractContextManager[object]]
 
@@ -39,29 +37,47 @@ Context = Callable[[], contextlib.AbstractContextManager[object]]
 class Clock(Protocol):
     """``resolution`` is the smallest difference it shows, ``time`` what ``calls`` calls took together; both in ns."""
 
+    name: str
     resolution: float
 
     def time(self, run: Run, calls: int) -> float: ...
 
 
+def _smallest_step(now: Callable[[], int]) -> int:
+    start = end = now()
+    while end == start:
+        end = now()
+    return end - start
+
+
 class WallClock:
     """``time.perf_counter_ns``, for work that is finished when the call returns."""
 
-    def __init__(self) -> None:
-        self.resolution = float(min(self._smallest_step() for _ in range(10)))
+    name = "wall"
 
-    @staticmethod
-    def _smallest_step() -> int:
-        start = now = time.perf_counter_ns()
-        while now == start:
-            now = time.perf_counter_ns()
-        return now - start
+    def __init__(self) -> None:
+        self.resolution = float(min(_smallest_step(time.perf_counter_ns) for _ in range(10)))
 
     def time(self, run: Run, calls: int) -> float:
         start = time.perf_counter_ns()
         for _ in range(calls):
             run()
         return float(time.perf_counter_ns() - start)
+
+
+class CpuClock:
+    """CPU time of the whole process, all threads: what other programs do on the machine counts only through caches."""
+
+    name = "cpu"
+
+    def __init__(self) -> None:
+        self.resolution = float(min(_smallest_step(time.process_time_ns) for _ in range(10)))
+
+    def time(self, run: Run, calls: int) -> float:
+        start = time.process_time_ns()
+        for _ in range(calls):
+            run()
+        return float(time.process_time_ns() - start)
 
 
 class CudaClock:
@@ -71,6 +87,7 @@ class CudaClock:
     launches are what is measured: that is the latency an eager network has.
     """
 
+    name = "cuda events"
     resolution = 500.0  # cudaEventElapsedTime
 
     def time(self, run: Run, calls: int) -> float:
@@ -98,7 +115,7 @@ class Timing:
 
     @property
     def median(self) -> float:
-        return statistics.median(self.samples)
+        return percentile(self.samples, 50)
 
     @property
     def p10(self) -> float:
@@ -110,16 +127,7 @@ class Timing:
 
     def speedup_over(self, baseline: Timing) -> float:
         """The median, over the rounds, of how many times as long ``baseline`` took in the same round."""
-        return statistics.median(b / s for b, s in zip(baseline.samples, self.samples, strict=True))
-
-
-def percentile(values: tuple[float, ...], percent: float) -> float:
-    """By linear interpolation between the two nearest ranks."""
-    ranked = sorted(values)
-    position = (len(ranked) - 1) * percent / 100
-    low = int(position)
-    high = min(low + 1, len(ranked) - 1)
-    return ranked[low] + (ranked[high] - ranked[low]) * (position - low)
+        return ratio(baseline.samples, self.samples)
 
 
 def measure(
@@ -130,6 +138,8 @@ def measure(
     contexts: Mapping[str, Context] | None = None,
     seed: int = 0,
     tick: Callable[[], None] = lambda: None,
+    flush: Callable[[], None] | None = None,
+    pause: float = 0.0,
 ) -> dict[str, Timing]:
     """Times every callable of ``runs``, interleaved, under ``torch.inference_mode()``.
 
@@ -139,6 +149,9 @@ def measure(
         contexts: name -> context manager entered around each sample (and not within it), for global switches.
         seed: of the order within the rounds.
         tick: called after each warm-up and after each sample: ``len(runs) * (rounds + 1)`` times.
+        flush: empties the caches; it then comes before every sample, of one call.
+        pause: seconds before each sample, followed by an untimed call. Thread pools of one callable may go on spinning
+            for a while after it, and would take the processor from the next one.
     """
     if rounds < 1:
         raise RuntimeError(f"measure: rounds must be at least 1, got {rounds}")
@@ -150,11 +163,18 @@ def measure(
         for name in runs:
             with around[name]():
                 calls[name] = warm_up(runs[name], clock)
+                if flush is not None:
+                    calls[name] = 1
             tick()
         for _ in range(rounds):
             rng.shuffle(order)
             for name in order:
                 with around[name]():
+                    if pause:
+                        time.sleep(pause)
+                        runs[name]()
+                    if flush is not None:
+                        flush()
                     samples[name].append(clock.time(runs[name], calls[name]) / calls[name])
                 tick()
     return {name: Timing(tuple(samples[name]), calls[name]) for name in runs}
@@ -191,118 +211,3 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-# -------------------------------------------------------------------------------------------------- candidates, rows
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One way to compute a case.
-
-    ``check`` gets the output of ``run`` and says what is wrong with it ("" if nothing). ``refusal`` says why the
-    candidate cannot run at all. ``context`` is entered around the check and around every sample.
-    """
-
-    name: str
-    run: Callable[[], Any]
-    check: Callable[[Any], str]
-    refusal: str | None = None
-    context: Context = contextlib.nullcontext
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a benchmark. Times are microseconds per call, and None unless ``status`` is "ok".
-
-    ``speedup`` is over the case's first candidate. ``note`` says what was wrong, refused or raised.
-    """
-
-    suite: str
-    case: str
-    candidate: str
-    status: Literal["ok", "wrong", "refused", "error"]
-    note: str = ""
-    median_us: float | None = None
-    p10_us: float | None = None
-    p90_us: float | None = None
-    speedup: float | None = None
-    rounds: int = 0
-    calls_per_sample: int = 0
-
-
-def compare(
-    suite: str,
-    case: str,
-    candidates: Sequence[Candidate],
-    clock: Clock,
-    *,
-    rounds: int,
-    repeat_first: bool = False,
-    seed: int = 0,
-    tick: Callable[[int], None] = lambda steps: None,
-) -> list[Row]:
-    """Checks every candidate's output, then times the right ones side by side: one row each, in the given order.
-
-    Args:
-        candidates: with distinct names; the first is the baseline of the speed-ups.
-        repeat_first: times the first candidate a second time under another name, so that the row shows the noise.
-        tick: gets the steps done; they add up to ``steps(candidates, rounds, repeat_first)``.
-    """
-    if repeat_first:
-        again = dataclasses.replace(candidates[0], name=f"{candidates[0].name}{AGAIN}")
-        candidates = [candidates[0], again, *candidates[1:]]
-    failures: dict[str, Row] = {}
-    for candidate in candidates:
-        status, note = _trial(candidate)
-        if status != "ok":
-            failures[candidate.name] = Row(suite, case, candidate.name, status, note)
-            tick(rounds + 1)
-    right = {candidate.name: candidate for candidate in candidates if candidate.name not in failures}
-    timings = measure(
-        {name: candidate.run for name, candidate in right.items()},
-        clock,
-        rounds=rounds,
-        contexts={name: candidate.context for name, candidate in right.items()},
-        seed=seed,
-        tick=lambda: tick(1),
-    )
-    baseline = timings.get(candidates[0].name)
-    rows = []
-    for candidate in candidates:
-        timing = timings.get(candidate.name)
-        if timing is None:
-            rows.append(failures[candidate.name])
-            continue
-        rows.append(
-            Row(
-                suite,
-                case,
-                candidate.name,
-                "ok",
-                median_us=timing.median / 1e3,
-                p10_us=timing.p10 / 1e3,
-                p90_us=timing.p90 / 1e3,
-                speedup=timing.speedup_over(baseline) if baseline else None,
-                rounds=rounds,
-                calls_per_sample=timing.calls,
-            )
-        )
-    return rows
-
-
-def steps(candidates: Sequence[Candidate], rounds: int, repeat_first: bool = False) -> int:
-    """How many steps :func:`compare` reports for this case."""
-    return (len(candidates) + repeat_first) * (rounds + 1)
-
-
-def _trial(candidate: Candidate) -> tuple[Literal["ok", "wrong", "refused", "error"], str]:
-    """Runs and checks the candidate once."""
-    if candidate.refusal is not None:
-        return "refused", candidate.refusal
-    try:
-        with torch.inference_mode(), candidate.context():
-            problem = candidate.check(candidate.run())
-    except RuntimeError as error:
-        return "error", str(error).strip().partition("\n")[0]
-    return ("wrong", problem) if problem else ("ok", "")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,17 +22,8 @@ from rich.text import Text
 from torch import Tensor
 
 from repvgg_cuda import testing
-from repvgg_cuda.branches import Branches, dtype_name, require
-from repvgg_cuda.modules import RepConv3x3
-from repvgg_cuda.prepared import algorithm_for
-from repvgg_cuda.structure import (
-    BRANCH_NAMES,
-    UnfoldableError,
-    branch_names,
-    conv_geometry,
-    has_branches,
-    read_branches,
-)
+from repvgg_cuda.branches import dtype_name, require
+from repvgg_cuda.layer_errors import Row, compared, find_pairs, record_layers
 
 #: How many times the error of the trained network the deployed one may make. A rigorous end-to-end bound exists but
 #: says nothing: it multiplies each layer's rounding error by the Lipschitz constants of all later layers, whose product
@@ -44,30 +35,11 @@ NETWORK_FACTOR = 8
 
 
 @dataclass(frozen=True)
-class Row:
-    """One comparison with the float64 oracle.
-
-    ``max_error`` is the largest absolute error. ``error``, ``bound`` and their ratio ``share`` belong to the element
-    that uses most of its bound. ``trained_error``: the largest of the trained network in the same dtype; for the whole
-    network only.
-    """
-
-    name: str
-    branches: str
-    max_error: float
-    error: float
-    bound: float
-    share: float
-    ok: bool
-    trained_error: float | None = None
-
-
-@dataclass(frozen=True)
 class Verification:
     """The result of :func:`verify`. ``str()`` is a table in plain text, :meth:`render` one for ``rich``.
 
-    ``rows``: one per folded layer in the order of execution, then the whole network. ``not_compared``: multi-branch
-    blocks without a row, with the reason. ``agreement``: images with the same top class as the oracle's, and images;
+    ``rows``: one per folded layer in the order of execution, then the whole network. ``not_compared``: blocks without a
+    row, with the reason. ``agreement``: images with the same top class as the oracle's, and images;
     None unless the output is ``[N, classes]``.
     """
 
@@ -146,8 +118,7 @@ class Verification:
 # --------------------------------------------------------------------------------------------------------- comparison
 
 
-@torch.no_grad()
-def verify(trained: nn.Module, deployed: nn.Module, inputs: Tensor) -> Verification:
+def verify(trained: nn.Module, deployed: nn.Module, inputs: Tensor | Sequence[Any]) -> Verification:
     """Compares ``deployed`` with ``trained``, layer by layer and as a whole, against ``trained`` in float64.
 
     Per folded layer: the float64 network's input to it, rounded to the layer's dtype, goes through the deployed
@@ -160,31 +131,35 @@ def verify(trained: nn.Module, deployed: nn.Module, inputs: Tensor) -> Verificat
     Args:
         trained, deployed: in eval mode, on one device; neither is modified. Outputs may be tensors or nested lists,
             tuples and dicts of them; their floating point tensors are compared.
-        inputs: what both take, ``[N, C_in, H, W]``; rounded to the dtype of ``deployed``.
+        inputs: what both take: ``[N, C_in, H, W]``, or a tuple of arguments; rounded to the dtype of ``deployed``.
     Raises:
-        RuntimeError: a model is in training mode, ``trained`` has no multi-branch block, or the two are not the same
-            network; the message says which.
+        RuntimeError: a model is in training mode, nothing of ``trained`` is folded in ``deployed``, or the two are not
+            the same network; the message says which.
     Note:
         Runs with TF32 off, which the bounds for float32 do not cover.
     """
+    return compare(trained, deployed, inputs, needs_layers=True)
+
+
+@torch.no_grad()
+def compare(
+    trained: nn.Module, deployed: nn.Module, inputs: Tensor | Sequence[Any], *, needs_layers: bool
+) -> Verification:
+    """:func:`verify`; without ``needs_layers`` also where nothing is folded."""
     trained, deployed = _unwrap(trained), _unwrap(deployed)
     _check_eval("trained", trained)
     _check_eval("deployed", deployed)
     dtype = _dtype(deployed)
-    require(
-        isinstance(inputs, Tensor) and inputs.is_floating_point() and inputs.numel() > 0,
-        "verify: inputs must be a floating point tensor with at least one element, such as a batch of images",
-    )
-    pairs, not_compared = _pairs(trained, deployed)
-    x = inputs.to(dtype)
+    x = arguments(inputs, deployed)
     with _without_tf32():
         oracle = copy.deepcopy(trained).double()
-        rows = _record_layers(oracle, pairs, not_compared)
-        want = oracle(x.double())
+        pairs, not_compared = find_pairs(oracle, deployed, needs_layers)
+        rows = record_layers(pairs, not_compared)
+        want = oracle(*cast(x, torch.float64))
         # float64 has no wider oracle; there the error in float32 is scaled down by the ratio of the roundings.
         own_dtype = torch.float32 if dtype == torch.float64 else dtype
         same_dtype = trained if _dtype(trained) == own_dtype else copy.deepcopy(trained).to(own_dtype)
-        got, own = deployed(x), same_dtype(x.to(own_dtype))
+        got, own = deployed(*x), same_dtype(*cast(x, own_dtype))
     for path in pairs:
         if path not in rows and path not in not_compared:
             not_compared[path] = "these inputs do not reach it"
@@ -196,7 +171,21 @@ def verify(trained: nn.Module, deployed: nn.Module, inputs: Tensor) -> Verificat
     )
 
 
-Conv = RepConv3x3 | nn.Conv2d
+def arguments(inputs: Tensor | Sequence[Any], model: nn.Module) -> tuple[Any, ...]:
+    """``inputs`` as arguments of ``model``, floating point tensors rounded to its dtype."""
+    values = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    tensors = [each for each in values if isinstance(each, Tensor) and each.is_floating_point()]
+    require(
+        len(tensors) > 0 and all(each.numel() > 0 for each in tensors),
+        "verify: inputs must be a floating point tensor with at least one element, such as a batch of images, or a "
+        "tuple of arguments with one among them",
+    )
+    return cast(values, _dtype(model))
+
+
+def cast(values: Sequence[Any], dtype: torch.dtype) -> tuple[Any, ...]:
+    """The floating point tensors among ``values`` in ``dtype``, the rest as it is."""
+    return tuple(v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for v in values)
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -231,107 +220,6 @@ def _without_tf32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def _pairs(trained: nn.Module, deployed: nn.Module) -> tuple[dict[str, Conv], dict[str, str]]:
-    """The deployed convolution of each multi-branch block of ``trained``, by path; and blocks without one, with why."""
-    others = dict(deployed.named_modules(remove_duplicate=False))
-    pairs: dict[str, Conv] = {}
-    not_compared: dict[str, str] = {}
-    for path, block in trained.named_modules():
-        if not has_branches(block):
-            continue
-        require(
-            path in others, f"verify: deployed has no module '{path}', which is a block of trained: not its conversion"
-        )
-        other = others[path]
-        conv = other._modules.get("rbr_reparam", other)
-        if isinstance(conv, (RepConv3x3, nn.Conv2d)):
-            pairs[path] = conv
-        else:
-            not_compared[path] = f"it is not folded in deployed, but a {type(other).__name__}"
-    require(
-        len(pairs) > 0,
-        "verify: there is no block with branches in trained and folded in deployed to compare; give the trained model "
-        "first, then the deployed one",
-    )
-    return pairs, not_compared
-
-
-def _record_layers(oracle: nn.Module, pairs: Mapping[str, Conv], not_compared: dict[str, str]) -> dict[str, Row]:
-    """Hooks every paired block of ``oracle``: as it runs, its row appears in the returned dict."""
-    rows: dict[str, Row] = {}
-
-    def hook_for(path: str, conv: Conv) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            try:
-                row = _layer_row(path, block, conv, x)
-            except UnfoldableError as error:
-                not_compared[path] = str(error)
-                return
-            if path not in rows or not row.share <= rows[path].share:  # a block may run several times: keep the worst
-                rows[path] = row
-
-        return hook
-
-    for path, conv in pairs.items():
-        oracle.get_submodule(path).register_forward_pre_hook(hook_for(path, conv), with_kwargs=True)
-    return rows
-
-
-def _layer_row(path: str, block: nn.Module, conv: Conv, x64: Tensor) -> Row:
-    """Compares ``conv`` with the float64 ``block`` on the input ``x64`` of the block."""
-    branches, stride = read_branches(block, path)
-    _check_same_geometry(path, conv, branches, stride)
-    x = x64.to(conv.weight.dtype)
-    exact = x.double()
-    want = torch.stack([child(exact) for name in BRANCH_NAMES if (child := block._modules.get(name))]).sum(0)
-    if isinstance(conv, RepConv3x3):
-        conv = copy.copy(conv)  # shares the weights
-        conv.activation = "identity"  # behind a ReLU, a fault in a channel that these inputs leave dead would not show
-    got = conv(x).double()
-    algorithm = algorithm_for(conv, x) if isinstance(conv, RepConv3x3) else "aten"
-    weight_bound, bias_bound = testing.fold_bound(branches, conv.weight.dtype)
-    bound = (
-        testing.error_bound(x, conv.weight, conv.bias, stride, branches.groups, algorithm)
-        + testing.conv3x3_fp64(exact.abs(), weight_bound, bias_bound, stride, branches.groups)
-        + testing.multi_branch_bound(exact, branches, stride)
-    )
-    return _row(path or "(the model itself)", branch_names(block), got, want, bound)
-
-
-def _check_same_geometry(path: str, conv: Conv, branches: Branches, stride: int) -> None:
-    """Raises RuntimeError unless ``conv`` is a 3x3 convolution of the same geometry as the block."""
-    want = (branches.out_channels, branches.in_channels // branches.groups, 3, 3)
-    found = tuple(conv.weight.shape)
-    geometry = conv_geometry(conv) if isinstance(conv, nn.Conv2d) else None
-    same = (geometry.stride[0] if geometry else conv.stride) == stride and conv.groups == branches.groups
-    padded = geometry is None or (geometry.padding, geometry.dilation) == ((1, 1), (1, 1))
-    require(
-        found == want and same and padded,
-        f"verify: {path or 'the model'}: deployed has a convolution {list(found)}, stride {conv.stride}, groups "
-        f"{conv.groups}, where trained has a block {list(want)}, stride {stride}, groups {branches.groups}: not its "
-        "conversion",
-    )
-
-
-def _row(name: str, branches: str, got: Tensor, want: Tensor, bound: Tensor, trained_error: float | None = None) -> Row:
-    """The row of one comparison: ``bound`` per element or for all. NaN in any of them is not ok."""
-    error = (got.double() - want).abs().flatten()
-    bound = bound.expand_as(want).flatten()
-    share = torch.where(error == 0, 0.0, error / bound)  # 0 of a bound of 0 is nothing, not NaN
-    worst = int(share.argmax())  # a NaN counts as the largest
-    return Row(
-        name,
-        branches,
-        max_error=float(error.max()),
-        error=float(error[worst]),
-        bound=float(bound[worst]),
-        share=float(share[worst]),
-        ok=bool((error.isfinite() & (error <= bound)).all()),
-        trained_error=trained_error,
-    )
-
-
 def _leaves(output: Any) -> list[Tensor]:
     """The floating point tensors in nested lists, tuples and dicts, in order."""
     if isinstance(output, Tensor):
@@ -353,7 +241,7 @@ def _network_row(want: Any, got: Any, own: Any, dtype: torch.dtype, own_dtype: t
         if w.numel() > 0:
             own_error = (o.double() - w).abs().max() * (unit / own_unit)
             bound = NETWORK_FACTOR * torch.maximum(own_error, unit * w.abs().max())
-            rows.append(_row("whole network", "", g, w, bound, float(own_error)))
+            rows.append(compared("whole network", "", g, w, bound, float(own_error)))
     require(len(rows) > 0, "verify: the outputs are empty, there is nothing to compare")
     return max(rows, key=lambda row: math.inf if math.isnan(row.share) else row.share)
 

@@ -12,12 +12,31 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
-from repvgg_cuda import Branch, Branches, bench, environment, fuse_weights, suites, testing, timing
-from repvgg_cuda.timing import Candidate
+from repvgg_cuda import (
+    Branch,
+    Branches,
+    bench,
+    ceilings,
+    comparison,
+    devices,
+    environment,
+    files,
+    fuse_weights,
+    intervals,
+    records,
+    runner,
+    suites,
+    tables,
+    testing,
+    timing,
+)
+from repvgg_cuda.comparison import Candidate, Plan
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,9 +50,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def no_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring them takes seconds."""
+    known = ceilings.Ceilings({"float32": 100.0}, "a guess", ((1e6, 10.0),))
+    monkeypatch.setattr(ceilings, "measure", lambda device: known)
+
+
 class FakeClock:
     """Every call advances it by what its callable says, so each figure has one right value."""
 
+    name = "fake"
     resolution = 1.0
 
     def __init__(self, cost: dict[str, Callable[[int], float]]) -> None:
@@ -66,6 +93,17 @@ def parse(*argv: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
     return parser.parse_args(argv)
+
+
+def one_case(candidates: list[Candidate], name: str = "a case") -> Callable[[suites.Setup], suites.Cases]:
+    """A suite of one case."""
+    return lambda setup: [suites.Case(name, lambda: suites.Built(candidates))]
+
+
+def compare(candidates: list[Candidate], rounds: int, **options: Any) -> list[comparison.Row]:
+    tick = options.pop("tick", lambda steps: None)
+    plan = Plan(timing.WallClock(), rounds, **options)
+    return comparison.compare("suite", "case", candidates, plan, tick=tick)
 
 
 def load_script(path: str) -> ModuleType:
@@ -168,13 +206,13 @@ def test_the_cuda_clock_waits_for_the_work() -> None:
 def test_a_wrong_candidate_gets_a_row_and_no_time() -> None:
     candidates = [fixed("base", 1.0), fixed("liar", 2.0, right=False), fixed("good", 3.0)]
     steps: list[int] = []
-    rows = timing.compare("suite", "case", candidates, timing.WallClock(), rounds=3, tick=steps.append)
+    rows = compare(candidates, 3, tick=steps.append)
     assert [row.status for row in rows] == ["ok", "wrong", "ok"]
-    assert rows[1] == timing.Row("suite", "case", "liar", "wrong", "got 2.0")
+    assert (rows[1].candidate, rows[1].note, rows[1].median_us, rows[1].samples_ns) == ("liar", "got 2.0", None, ())
     assert rows[0].speedup == 1.0
-    assert rows[2].rounds == 3
+    assert rows[2].rounds == len(rows[2].samples_ns) == 3
     assert rows[2].p10_us <= rows[2].median_us <= rows[2].p90_us  # type: ignore[operator]
-    assert sum(steps) == timing.steps(candidates, 3)
+    assert sum(steps) == Plan(timing.WallClock(), 3).steps(candidates)
 
 
 def test_refusals_and_exceptions_become_rows() -> None:
@@ -185,16 +223,19 @@ def test_refusals_and_exceptions_become_rows() -> None:
         fixed("base", 1.0),
         fixed("choosy", 1.0, refusal="groups must be 1"),
         Candidate("crash", fail, lambda y: ""),
+        Candidate("cannot be built", None, lambda y: "", build=lambda: fail),
+        Candidate("strange", lambda: {}["key"], lambda y: ""),  # engines raise anything
     ]
-    rows = timing.compare("suite", "case", candidates, timing.WallClock(), rounds=1)
+    rows = compare(candidates, 1)
     assert [(row.status, row.note) for row in rows] == [
-        ("ok", ""), ("refused", "groups must be 1"), ("error", "out of memory"),
+        ("ok", ""), ("refused", "groups must be 1"), ("error", "out of memory"), ("error", "out of memory"),
+        ("error", "'key'"),
     ]  # fmt: skip
-    assert rows[1].median_us is rows[2].median_us is None
+    assert [row.median_us for row in rows[1:]] == [None] * 4
 
 
 def test_without_a_right_baseline_there_is_no_speedup() -> None:
-    rows = timing.compare("s", "c", [fixed("base", 1.0, right=False), fixed("good", 1.0)], timing.WallClock(), rounds=1)
+    rows = compare([fixed("base", 1.0, right=False), fixed("good", 1.0)], 1)
     assert rows[1].status == "ok"
     assert rows[1].speedup is None
 
@@ -202,18 +243,75 @@ def test_without_a_right_baseline_there_is_no_speedup() -> None:
 def test_repeat_first_times_the_baseline_twice() -> None:
     candidates = [fixed("base", 1.0), fixed("good", 1.0)]
     steps: list[int] = []
-    rows = timing.compare("s", "c", candidates, timing.WallClock(), rounds=2, repeat_first=True, tick=steps.append)
+    rows = compare(candidates, 2, repeat_first=True, tick=steps.append)
     assert [row.candidate for row in rows] == ["base", "base (again)", "good"]
     assert rows[1].speedup is not None
-    assert sum(steps) == timing.steps(candidates, 2, repeat_first=True)
+    assert sum(steps) == Plan(timing.WallClock(), 2, repeat_first=True).steps(candidates)
+
+
+def test_a_candidate_is_built_when_its_turn_comes_and_within_its_context() -> None:
+    seen: list[str] = []
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        seen.append("enter")
+        yield
+        seen.append("exit")
+
+    def build() -> Callable[[], object]:
+        seen.append("build")
+        return lambda: 1.0
+
+    lazy = Candidate(
+        "lazy", None, lambda y: "", build=build, context=context, error=lambda y: 0.25, remark=lambda y: "hm"
+    )
+    rows = compare([fixed("base", 1.0), lazy], 1)
+    assert seen[:3] == ["enter", "build", "exit"]
+    assert seen.count("build") == 1
+    assert (rows[1].error, rows[1].note, rows[1].status) == (0.25, "hm", "ok")
+
+
+def test_cold_caches_are_flushed_before_every_single_call() -> None:
+    flushed: list[int] = []
+    calls: list[int] = []
+    candidates = [Candidate("base", lambda: calls.append(len(flushed)), lambda y: "")]
+    rows = compare(candidates, 4, flush=lambda: flushed.append(1))
+    assert [(row.caches, row.rounds) for row in rows] == [("warm", 4), ("cold", 4)]
+    assert rows[1].calls_per_sample == 1
+    assert len(flushed) == 4
+    assert calls[-4:] == [1, 2, 3, 4]
+
+
+def test_what_is_slower_is_told_from_what_is_the_same() -> None:
+    cost = {"base": lambda i: 1e6 * (1 + i % 7 / 70), "same": lambda i: 1e6 * (1 + (i + 3) % 7 / 70),
+            "slow": lambda i: 1.3e6 * (1 + i % 5 / 50)}  # fmt: skip
+    clock = FakeClock(cost)
+    candidates = [Candidate(name, clock.candidate(name), lambda y: "") for name in cost]
+    plan = Plan(clock, 40, repeat_first=True)
+    rows = {row.candidate: row for row in comparison.compare("s", "c", candidates, plan)}
+    assert rows["same"].within_noise
+    assert rows["base (again)"].within_noise
+    assert rows["slow"].within_noise is False
+    assert rows["slow"].speedup_low < 1 / 1.3 < rows["slow"].speedup_high  # type: ignore[operator]
+    assert rows["base"].interval is None
+    assert rows["base"].clock == "fake"
+
+
+def test_with_few_rounds_there_is_no_interval() -> None:
+    few = intervals.fewest_rounds() - 1
+    assert compare([fixed("base", 1.0), fixed("good", 1.0)], few)[1].interval is None
+    assert compare([fixed("base", 1.0), fixed("good", 1.0)], few + 1)[1].interval is not None
 
 
 # -------------------------------------------------------------------------------------------------- command and files
 
 ROW_TYPES = {
-    "suite": str, "case": str, "candidate": str, "status": str, "note": str, "rounds": int, "calls_per_sample": int,
-    "median_us": float, "p10_us": float, "p90_us": float, "speedup": float,
+    "kind": str, "suite": str, "case": str, "candidate": str, "status": str, "note": str, "rounds": int,
+    "calls_per_sample": int, "median_us": float, "p10_us": float, "p90_us": float, "speedup": float, "own": bool,
+    "caches": str, "batch": int, "group": str, "threads": int, "clock": str, "samples_ns": list,
 }  # fmt: skip
+#: Not there for every row: an interval needs rounds, a limit needs a rate for the dtype, the fold has no one error.
+OPTIONAL = {"speedup_low", "speedup_high", "within_noise", "error", "flops", "bytes", "floor_us", "share"}
 
 
 @pytest.fixture(scope="module")
@@ -225,50 +323,90 @@ def report_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_json_has_its_schema(report_file: Path) -> None:
-    report = json.loads(report_file.read_text())
-    assert list(report) == ["schema", "options", "environment", "rows"]
-    assert report["schema"] == bench.SCHEMA
-    assert report["options"] == {
-        "suites": ["notebook", "fusion"], "dtype": "float32", "rounds": 1, "quick": True, "seed": 0,
-    }  # fmt: skip
-    for row in report["rows"]:
-        assert set(row) == set(ROW_TYPES)
+def test_json_lines_have_their_schema(report_file: Path) -> None:
+    head, *rows = [json.loads(line) for line in report_file.read_text().splitlines()]
+    assert list(head) == ["kind", "schema", "options", "environment", "ceilings", "warnings"]
+    assert head["schema"] == records.SCHEMA
+    options = head["options"]
+    assert (options["suites"], options["dtype"], options["rounds"]) == (["notebook", "fusion"], "float32", 1)
+    assert (options["quick"], options["seed"], options["full"]) == (True, 0, False)
+    for row in rows:
+        assert set(row) == set(ROW_TYPES) | OPTIONAL
         if "polyphase" in row["candidate"]:  # the notebook's stride is 1
             assert row["status"] == "refused", row
             assert row["median_us"] is None, row
             continue
         assert row["status"] == "ok", row
-        assert {key: type(value) for key, value in row.items()} == {key: ROW_TYPES[key] for key in row}
-    machine = report["environment"]
+        assert {key: type(row[key]) for key in ROW_TYPES} == ROW_TYPES
+        assert len(row["samples_ns"]) == 1
+    machine = head["environment"]
     assert machine["threads"] == torch.get_num_threads()
     assert machine["torch"] == torch.__version__
     assert machine["build"]["build"] in ("cuda", "cpu", "python")
-    assert {"cpu", "load_average", "busy_cpus", "git", "device", "time"} <= set(machine)
-    names = [row["candidate"] for row in report["rows"] if row["suite"] == "notebook"]
+    assert {"cpu", "load_average", "busy_cpus", "git", "device", "time", "cpu_target", "governor"} <= set(machine)
+    assert machine["pace_us"][0] > 0
+    assert head["ceilings"]["gflops"]["float32"] > 0
+    assert [size for size, _ in head["ceilings"]["bandwidth"]] == sorted(
+        size for size, _ in head["ceilings"]["bandwidth"]
+    )
+    notebook = [row for row in rows if row["suite"] == "notebook"]
+    names = [row["candidate"] for row in notebook]
     assert names[:4] == ["three branches", "three branches (again)", "three 3x3 convolutions", "fused F.conv2d"]
-    assert "fused conv3x3 aten" in names
+    assert {"fused conv3x3 prepared", "fused conv3x3 aten"} <= set(names)
+    assert all(0 <= row["error"] < 1e-5 and row["flops"] == 2 * 256 * 256 * 2 * 18 for row in notebook if row["error"])
     assert [path.name for path in report_file.parent.iterdir()] == ["report.json"]  # no temporary file left
 
 
+def test_a_record_is_read_as_it_was_written(report_file: Path, tmp_path: Path) -> None:
+    run = records.read(report_file)
+    run.write(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text() == report_file.read_text()
+    assert not run.failed
+    run.write(tmp_path / "rows.csv")
+    lines = [line for line in (tmp_path / "rows.csv").read_text().splitlines() if not line.startswith("# ")]
+    assert len(lines) == 1 + len(run.rows)
+    assert "samples_ns" not in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "line 1 is not JSON; give the file that"),
+        ("", "is empty"),
+        ("[]", "must be a JSON object, got list"),
+        ('{"kind": "run", "schema": 99}', "must begin a benchmark record of schema 2, got schema 99"),
+        ('{"kind": "run", "schema": 2, "options": {}}', "line 1 lacks a field"),
+        ("HEAD\n{}", "line 2 is not a row"),
+    ],
+)
+def test_what_is_no_record_is_an_error_that_names_the_line(
+    report_file: Path, tmp_path: Path, text: str, message: str
+) -> None:
+    path = tmp_path / "record.jsonl"
+    path.write_text(text.replace("HEAD", report_file.read_text().splitlines()[0]))
+    with pytest.raises(RuntimeError, match=message):
+        records.read(path)
+
+
+@pytest.mark.usefixtures("no_ceilings")
 def test_a_wrong_result_fails_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def suite(setup: suites.Setup) -> suites.Cases:
-        yield "a case", [fixed("base", 1.0), fixed("liar", 2.0, right=False)]
-
-    monkeypatch.setitem(bench.SUITES, "notebook", suite)
+    candidates = [fixed("base", 1.0), fixed("liar", 2.0, right=False)]
+    monkeypatch.setitem(bench.SUITES, "notebook", one_case(candidates))
     assert bench.run(parse("--suite", "notebook", "--rounds", "1")) == 1
-    line = next(line for line in capsys.readouterr().out.splitlines() if "liar" in line)
-    assert "wrong" in line
-    assert "got 2.0" in line
-    assert "us" not in line
+    lines = capsys.readouterr().out.splitlines()
+    place = next(i for i, line in enumerate(lines) if "liar" in line)
+    assert "wrong" in lines[place]
+    assert "us" not in lines[place]
+    assert "got 2.0" in lines[place + 1]
 
 
+@pytest.mark.usefixtures("no_ceilings")
 def test_threads_and_tf32_are_set_for_the_run_only(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def suite(setup: suites.Setup) -> suites.Cases:
         seen.append((torch.get_num_threads(), torch.backends.cudnn.allow_tf32))
-        yield "a case", [fixed("base", 1.0)]
+        return one_case([fixed("base", 1.0)])(setup)
 
     monkeypatch.setitem(bench.SUITES, "notebook", suite)
     before = torch.get_num_threads(), torch.backends.cudnn.allow_tf32
@@ -289,6 +427,13 @@ def test_cuda_without_a_gpu_is_an_error() -> None:
     [
         (["--rounds", "0"], "bench: --rounds must be at least 1, got 0"),
         (["--threads", "-1"], "bench: --threads must be at least 1, got -1"),
+        (["--batch", "0"], "bench: --batch must be at least 1, got 0"),
+        (["--pause", "-1"], "bench: --pause must not be negative, got -1"),
+        (
+            ["--against", "eager", "cudnn-relu"],
+            "bench: --against must be among three-branches, .* on cpu, got cudnn-relu",
+        ),
+        (["--dry-run"], "a dry run rehearses a GPU, got device cpu; add --device cuda"),
         (["--model", "RepVGG-Q"], "bench: --model must be one of digits, RepVGG-A0, .*, got RepVGG-Q"),
     ],
 )
@@ -306,21 +451,21 @@ def test_an_unwritable_file_is_an_error_before_any_work(tmp_path: Path) -> None:
 
 def test_writing_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "report.json"
-    bench.write_text_atomically(path, "old")
+    files.write_text_atomically(path, "old")
 
     def fail(*args: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(bench.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(OSError, match="disk full"):
-        bench.write_text_atomically(path, "new")
+        files.write_text_atomically(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_durations_keep_three_digits() -> None:
     values = [0.123, 9.9951, 99.951, 999.4, 999.6, 12345.6, 2.5e6, 4e9]
-    assert [bench.duration(value) for value in values] == [
+    assert [tables.duration(value) for value in values] == [
         "0.12 us", "10.0 us", "100 us", "999 us", "1.00 ms", "12.3 ms", "2.50 s", "4000 s",
     ]  # fmt: skip
 
@@ -333,45 +478,61 @@ def test_a_busy_machine_is_announced() -> None:
     assert "1.0 of 2 CPUs busy" in str(environment.load_warning({**quiet, "busy_cpus": 1.0}))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"build": {"build": "cpu", "debug": True}}, "repvgg_cuda is a debug build"),
+        ({"build": {"build": "python"}}, "pure PyTorch"),
+        ({"torch_debug": True}, "torch is a debug build"),
+        ({"state": {"throttle": ["power cap"], "clock_mhz": 900.0}}, "the GPU is throttled at 900 MHz: power cap"),
+        ({"load_average": 9.0}, "other programs are running"),
+    ],
+)
+def test_what_makes_times_untrue_is_announced_or_refused(change: dict[str, Any], message: str) -> None:
+    sound = {"load_average": 0.1, "busy_cpus": 0.1, "cpu_count": 2, "build": {"build": "cpu", "debug": False}}
+    assert environment.warnings(sound) == []
+    (warning,) = environment.warnings({**sound, **change})
+    assert message in warning
+
+
+@pytest.mark.usefixtures("no_ceilings")
+def test_strict_refuses_instead_of_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "warnings", lambda record: ["hot"])
+    monkeypatch.setitem(bench.SUITES, "notebook", one_case([fixed("base", 1.0)]))
+    with pytest.raises(RuntimeError, match=r"refusing to measure \(--strict\): hot"):
+        bench.run(parse("--suite", "notebook", "--rounds", "1", "--strict"))
+    assert bench.collect(parse("--suite", "notebook", "--rounds", "1"), Console(quiet=True)).warnings[0] == "hot"
+
+
+def test_a_changed_pace_and_a_coarse_clock_are_announced() -> None:
+    assert runner.pace_warnings([100.0, 105.0]) == []
+    assert "changed by 20 %" in runner.pace_warnings([100.0, 120.0])[0]
+    assert runner.clock_warnings(500.0) == []
+    assert "1000 us" in runner.clock_warnings(1e6)[0]
+    assert environment.pace() > 0
+
+
+def test_full_runs_time_cold_caches_and_quick_ones_have_enough_rounds_for_an_interval() -> None:
+    full, quick = bench.make_settings(parse("--full")), bench.make_settings(parse("--quick"))
+    assert (full.cold, full.rounds, quick.cold) == (True, bench.FULL_ROUNDS, False)
+    assert full.plan(devices.CpuDevice(), foreign=False).regimes == ("warm", "cold")
+    assert intervals.fewest_rounds() <= quick.rounds < full.rounds
+    with pytest.raises(SystemExit):
+        parse("--full", "--quick")
+
+
+def test_the_clock_fits_the_threads() -> None:
+    device = devices.CpuDevice()
+    assert device.clock().name == "cpu"  # one thread, as this module sets
+    assert device.clock("wall").name == "wall"
+    torch.set_num_threads(2)
+    assert device.clock().name == "wall"
+    torch.set_num_threads(1)
+    spinning = runner.Settings(9).plan(device, foreign=True)
+    assert spinning.pause == 0
+
+
 # ---------------------------------------------------------------------------------------------------------- scripts
-
-
-def test_plot_draws_a_report(report_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("matplotlib")
-    plot = load_script("benchmarks/plot.py")
-    out = tmp_path / "bars.png"
-    assert plot.main([str(report_file), "--out", str(out)]) == 0
-    assert out.read_bytes().startswith(b"\x89PNG")
-    (tmp_path / "broken.json").write_text("{")
-    (tmp_path / "other.json").write_text('{"schema": 99}')
-    for name, message in [("broken.json", "is not JSON"), ("other.json", "got schema 99"), ("none.json", "none.json")]:
-        assert plot.main([str(tmp_path / name)]) == 1
-        error = capsys.readouterr().err
-        assert message in error
-        assert error.startswith("error: ")
-        assert error.count("\n") == 1
-
-
-def test_bench_conv3x3_writes_json_and_csv(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def suite(setup: suites.Setup) -> suites.Cases:
-        yield "a case", [fixed("base", 1.0), fixed("choosy", 1.0, refusal="groups must be 1")]
-
-    monkeypatch.setitem(bench.SUITES, "layers", suite)
-    script = load_script("benchmarks/bench_conv3x3.py")
-    files = {"json": tmp_path / "rows.json", "csv": tmp_path / "rows.csv"}
-    options = ["--json", str(files["json"]), "--csv", str(files["csv"])]
-    assert script.main(["--device", "cpu", "--rounds", "1", *options]) == 0
-    rows = json.loads(files["json"].read_text())["rows"]
-    assert [row["candidate"] for row in rows] == ["base", "base (again)", "choosy"]
-    lines = files["csv"].read_text().splitlines()
-    assert lines[0] == ",".join(rows[0])
-    assert lines[3].startswith("layers,a case,choosy,refused,groups must be 1,,,,,0,0")
-    if not torch.cuda.is_available():
-        capsys.readouterr()
-        assert script.main(options) == 1
-        assert "error: bench: --device cuda needs a CUDA GPU" in capsys.readouterr().err
 
 
 def test_the_notebook_example_says_what_the_notebook_showed(

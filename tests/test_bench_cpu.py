@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""benchmarks/bench_cpu.py: its statistics on planted numbers, wrong results, missing peers, its files. No times."""
+"""The scripts in benchmarks/: goals on planted numbers, records joined, experiments that can fail. No times."""
 
 from __future__ import annotations
 
-import csv
 import importlib
-import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,114 +12,126 @@ from typing import Any
 import pytest
 import torch
 
-from repvgg_cuda import RepConv3x3, digits, reparameterize
+from repvgg_cuda import bench, ceilings, digits, networks, records, reparameterize
+from repvgg_cuda.baselines import Workload, convolutions
+from repvgg_cuda.comparison import Row
+from repvgg_cuda.records import Run
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 @pytest.fixture(scope="module")
 def scripts() -> Iterator[tuple[Any, Any]]:
-    """``(bench_cpu, peers)``, which lie beside each other and outside the package."""
+    """``(bench_cpu, aa_experiment)``, which lie outside the package."""
     sys.path.insert(0, str(BENCHMARKS))
-    yield importlib.import_module("bench_cpu"), importlib.import_module("peers")
+    yield importlib.import_module("bench_cpu"), importlib.import_module("aa_experiment")
     sys.path.remove(str(BENCHMARKS))
 
 
-def test_a_planted_factor_of_two_is_found(scripts: tuple[Any, Any]) -> None:
-    bench_cpu, _ = scripts
-    ours = [100.0 + i % 5 for i in range(20)]
-    ratio, low, high = bench_cpu.ratio_interval(ours, [2 * time for time in ours])
-    assert ratio == low == high == 2  # rounds are resampled as pairs: what both share cancels
-    ratio, low, high = bench_cpu.ratio_interval(ours, list(reversed(ours)))
-    assert ratio == 1
-    assert low < 1 < high
+@pytest.fixture
+def quick_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring the ceilings takes seconds."""
+    known = ceilings.Ceilings({"float32": 100.0}, "a guess", ((1e6, 10.0),))
+    monkeypatch.setattr(ceilings, "measure", lambda device: known)
 
 
-def test_relative_error(scripts: tuple[Any, Any]) -> None:
-    bench_cpu, _ = scripts
-    want = torch.tensor([1.0, -4.0], dtype=torch.float64)
-    assert bench_cpu.relative_error(torch.tensor([1.0, -3.0]), want) == 0.25
-    assert bench_cpu.relative_error(torch.tensor([1.0]), want) == math.inf
-    assert bench_cpu.relative_error(torch.tensor([1.0, math.nan]), want) == math.inf
+def row(suite: str, group: str, candidate: str, nanoseconds: float, threads: int = 1) -> Row:
+    samples = tuple(nanoseconds * (1 + i % 5) for i in range(10))  # what both share cancels
+    return Row(suite, f"{group}-1", candidate, "ok", group=group, threads=threads, samples_ns=samples)
 
 
 def test_goals_speak_of_every_case(scripts: tuple[Any, Any]) -> None:
     bench_cpu, _ = scripts
-    ratios = [1.0, 4.0, 2.0, 2.0, 2.0, 2.0, 2.0]
-    rows = [
-        bench_cpu.Row("layers", f"{c}@{s}", 1, 1, "ncnn", "ok", ratio=ratio)
-        for (c, s), ratio in zip(bench_cpu.LAYERS, ratios, strict=True)
+    rows = []
+    for (channels, size), ratio in zip(bench_cpu.suites.CHAINS, [1.0, 4.0, 2.0, 2.0, 2.0, 2.0, 2.0], strict=True):
+        rows += [row("chains", f"{channels}@{size}", bench_cpu.OURS, 5.0)]
+        rows += [row("chains", f"{channels}@{size}", "ncnn", 5.0 * ratio)]
+    rows += [
+        row("models", "RepVGG-B1", bench_cpu.OURS, 2.0, threads=2),
+        row("models", "RepVGG-B1", "ncnn", 3.0, threads=2),
     ]
-    rows.append(bench_cpu.Row("models", "RepVGG-B1", 1, 2, "ncnn", "ok", ratio=1.5))
     measured = {goal: ratio for goal in bench_cpu.GOALS if (ratio := bench_cpu.goal_ratio(rows, goal)) is not None}
     assert {(goal.case, goal.threads): ratio for goal, ratio in measured.items()} == {
         ("geometric mean", 1): pytest.approx(2),
         ("slowest", 1): 1,
         ("RepVGG-B1", 2): 1.5,
     }
-    # With one layer missing neither the mean nor the slowest is known.
+    # With one chain missing neither the mean nor the slowest is known.
     assert [goal.case for goal in bench_cpu.GOALS if bench_cpu.goal_ratio(rows[1:], goal) is not None] == ["RepVGG-B1"]
 
 
-def test_what_would_fail_late_is_refused_before_timing(
-    scripts: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.usefixtures("quick_start")
+def test_every_number_of_threads_is_in_one_record(
+    scripts: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bench_cpu, _ = scripts
-    monkeypatch.setattr(bench_cpu, "time_case", lambda *_: pytest.fail("timed"))
-    (tmp_path / "file").touch()
+    path = tmp_path / "cpu.jsonl"
+    options = ["--suite", "chains", "--quick", "--rounds", "1", "--against", "eager", "--json", str(path)]
+    assert bench_cpu.main([*options, "--threads", "1", "2"]) == 0
+    run = records.read(path)
+    assert {each.threads for each in run.rows} == {1, 2}
+    assert [each.candidate for each in run.rows if each.threads == 1][:2] == [
+        "fused F.conv2d + relu", "fused F.conv2d + relu (again)",
+    ]  # fmt: skip
+    assert bench_cpu.main(["--from", str(path)]) == 0
+    assert "not measured" in capsys.readouterr().out
+
+
+def test_what_would_fail_late_is_refused_before_timing(
+    scripts: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bench_cpu, _ = scripts
     for arguments, message in (
-        (["--out", str(tmp_path / "file")], "--out must be a directory"),
-        (["--out", str(tmp_path), "--batch", "0"], "must be at least 1"),
-        (["--out", str(tmp_path), "--pause", "-1"], "--pause must not be negative"),
+        (["--json", str(tmp_path / "none" / "file")], "create it first"),
+        (["--from", str(tmp_path / "none")], "No such file"),
+        (["--batch", "0"], "must be at least 1"),
     ):
         assert bench_cpu.main(["--quick", *arguments]) == 2
         assert message in capsys.readouterr().err
 
 
-def test_results_of_the_cases_before_a_crash_are_there(
-    scripts: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bench_cpu, _ = scripts
-    pytest.importorskip("matplotlib")
-    row = bench_cpu.Row("layers", "first", 1, 1, "eager", "ok", ratio=2.0)
-    results = iter([[row]])
-    monkeypatch.setattr(bench_cpu, "LAYERS", ((4, 4), (8, 4)))
-    monkeypatch.setattr(bench_cpu, "time_case", lambda *_: next(results))
+@pytest.mark.usefixtures("quick_start")
+def test_results_of_the_cases_before_a_crash_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import argparse
+
+    from repvgg_cuda import runner
+
+    measured = iter([[row("chains", "first", "eager", 1.0)]])
+    monkeypatch.setattr(runner, "run_case", lambda *_: next(measured))
+    monkeypatch.setattr("repvgg_cuda.suites.CHAINS", ((4, 4), (8, 4)))
+    parser = argparse.ArgumentParser()
+    bench.add_run_arguments(parser)
     with pytest.raises(StopIteration):
-        bench_cpu.main(["--suite", "layers", "--out", str(tmp_path)])
-    assert "layers,first,1,1,eager" in (tmp_path / "bench_cpu.csv").read_text()
+        bench.collect(
+            parser.parse_args(["--suite", "chains", "--json", str(tmp_path / "a.jsonl")]), bench.Console(quiet=True)
+        )
+    assert [each.group for each in records.read(tmp_path / "a.jsonl").rows] == ["first"]
 
 
-def test_a_model_is_prepared_as_a_copy(scripts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    _, peers = scripts
+def test_a_model_is_prepared_as_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     deployed: Any = reparameterize(digits.load_trained()).model
     prepared: list[torch.nn.Module] = []
-    prepare = peers.prepare
+    prepare = networks.prepare
 
     def note(model: torch.nn.Module, *args: Any, **options: Any) -> object:
         prepared.append(model)
         return prepare(model, *args, **options)
 
-    monkeypatch.setattr(peers, "prepare", note)
+    monkeypatch.setattr(networks, "prepare", note)
     x = torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        y = peers.ours(peers.Network([], deployed=deployed), x, 1)()
+        y: Any = networks.prepared(Workload(deployed, x))()
         torch.testing.assert_close(y, deployed(x))
     (copy,) = prepared
-    assert prepared_layers(copy) == len(deployed.blocks())
-    assert prepared_layers(deployed) == 0
+    assert [conv.prepared is not None for conv in convolutions(copy)] == [True] * len(deployed.blocks())
+    assert all(conv.prepared is None for conv in convolutions(deployed))
 
 
-def prepared_layers(model: torch.nn.Module) -> int:
-    return sum(isinstance(module, RepConv3x3) and module.prepared is not None for module in model.modules())
-
-
-def test_building_a_candidate_leaves_compiled_ones_alone(
-    scripts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_building_a_candidate_leaves_compiled_ones_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else they would be compiled again in the warm-up of the timing, which may end before they are warm."""
-    bench_cpu, peers = scripts
-    network, x = bench_cpu.stack(4, 4, 1, depth=1)
+    from repvgg_cuda import baselines, suites
+
+    work = suites.chain_workload(suites.Setup(torch.device("cpu"), torch.float32), 4, 4, 1)
     compilations = 0
 
     def backend(graph: torch.fx.GraphModule, example: list[torch.Tensor]) -> Any:
@@ -132,38 +142,71 @@ def test_building_a_candidate_leaves_compiled_ones_alone(
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **_: compile_(model, backend=backend, dynamic=False))
     with torch.inference_mode():
-        runs = [peers.compiled(network, x, 1), peers.compiled_max(network, x, 1)]
+        runs = [baselines.TorchForm(compile_mode=mode)(work) for mode in ("default", "max-autotune")]
         for run in runs:
             run()
         needed = compilations
         assert needed > 0
-        peers.compiled(network, x, 1)  # built, and not run
+        baselines.TorchForm(compile_mode="default")(work)  # built, and not run
         for run in runs:
             run()
     assert compilations == needed
 
 
-def test_files_noise_row_missing_and_wrong_candidates(
-    scripts: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# -------------------------------------------------------------------------------------------------------- experiments
+
+
+def test_the_noise_experiment_counts_and_can_fail(
+    scripts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bench_cpu, peers = scripts
-    pytest.importorskip("matplotlib")
-    broken = peers.Peer("broken", lambda network, x, threads: lambda: network.reference(x) + 1)
-    absent = peers.Peer("absent", peers.ncnn, "no_such_engine", "no-such-engine")
-    mine = [peer for peer in peers.PEERS if peer.name in (peers.OURS, peers.EAGER)]
-    monkeypatch.setattr(peers, "PEERS", (*mine, broken, absent))
-    assert bench_cpu.main(["--suite", "layers", "--quick", "--out", str(tmp_path)]) == 1  # one is wrong
-    lines = [line for line in (tmp_path / "bench_cpu.csv").read_text().splitlines() if not line.startswith("# ")]
-    rows = {row["candidate"]: row for row in csv.DictReader(lines)}
-    assert {name: row["status"] for name, row in rows.items()} == {
-        "ours": "ok",
-        "eager": "ok",
-        "broken": "wrong",
-        "absent": "missing",
-        "ours (again)": "ok",
-    }
-    assert "pip install no-such-engine" in rows["absent"]["note"]
-    assert rows["broken"]["median_us"] == ""
-    assert float(rows["ours (again)"]["ratio"]) > 0
-    assert (tmp_path / "bench_cpu.png").stat().st_size > 0
-    assert (tmp_path / "bench_cpu.json").exists()
+    _, experiment = scripts
+
+    def run_case(suite: str, case: Any, setup: Any, plan: Any, limits: Any) -> list[Row]:
+        low = 1.2 if plan.seed % 2 else 0.9
+        again = "x (again)"
+        return [Row("s", "c", again, "ok", speedup=1.3, speedup_low=low, speedup_high=1.5)]
+
+    monkeypatch.setattr(experiment.runner, "run_case", run_case)
+    assert experiment.main(["noise", "--runs", "4", "--case", "notebook"]) == 1
+    out = capsys.readouterr().out
+    assert '"contain_1": 2' in out
+    assert '"passed": false' in out
+
+
+def test_the_planted_experiment_counts_what_is_found_and_false_alarms(
+    scripts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, experiment = scripts
+
+    def one_process(args: Any, factor: float, out: Path) -> None:
+        cost = {"three branches": 9.0, "fused F.conv2d": 5.0, experiment.PLANTED: 2.0 * factor}
+        rows = [row("notebook", "n", name, value) for name, value in cost.items()]
+        mine = [each.candidate == experiment.PLANTED for each in rows]
+        Run({}, {}, rows=[Row(**{**vars(each), "own": own}) for each, own in zip(rows, mine, strict=True)]).write(out)
+
+    monkeypatch.setattr(experiment, "one_process", one_process)
+    assert experiment.main(["planted", "--pairs", "3"]) == 0
+    assert '"found": 3' in capsys.readouterr().out
+    assert experiment.main(["planted", "--pairs", "3", "--factor", "1.0"]) == 1
+    out = capsys.readouterr().out
+    assert '"found": 0' in out
+    assert '"pairs_of_the_same_code_with_an_alarm": 0' in out
+
+
+def test_the_planted_row_takes_longer_by_its_share(scripts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, experiment = scripts
+    now = 0
+
+    def clock() -> int:
+        nonlocal now
+        now += 1
+        return now
+
+    def run() -> str:
+        nonlocal now
+        now += 1000
+        return "output"
+
+    monkeypatch.setattr(experiment.time, "perf_counter_ns", clock)
+    assert experiment.slowed(run, 1.05)() == "output"
+    assert 1050 <= now <= 1060

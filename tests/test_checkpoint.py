@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from repvgg_cuda import testing
 from repvgg_cuda.branches import Branches
 from repvgg_cuda.checkpoint import (
-    convert_state_dict,
-    fold_state_dict,
     form_of,
+    fuse_state_dict,
     load_into,
     load_state_dict_file,
     parameter_count,
@@ -35,6 +34,11 @@ from repvgg_cuda.verification import verify
 
 State = dict[str, Tensor]
 ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def convert_state_dict(state: State, **options: Any) -> State:
+    return fuse_state_dict(state, **options).state
+
 
 SUFFIXES = [".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pth.tar", ".PTH"]
 
@@ -278,19 +282,14 @@ def test_mixed_forms() -> None:
 @pytest.mark.parametrize(
     ("key", "library"),
     [
-        ("stages.0.0.conv_kxk.conv.weight", "timm"),
-        ("stages.0.0.reparam_conv.weight", "timm"),
-        ("backbone.stage_1.0.branch_3x3.norm.weight", "mmpretrain"),
-        ("backbone.stage_1.0.branch_reparam.weight", "mmpretrain"),
         ("stages.1.0.branch_3x3.conv.weight", "super-gradients"),
-        ("model.75.rbr_dense.0.weight", "YOLOv7"),
-        ("stage1.0.rbr_conv.0.conv.weight", "MobileOne"),
         ("stage1.0.dbb_reparam.weight", "DiverseBranchBlock"),
+        ("stages.1.blocks.0.token_mixer.mixer.conv_kxk.0.conv.weight", "FastViT"),
     ],
 )
-def test_keys_of_other_libraries_are_named(key: str, library: str) -> None:
+def test_keys_that_do_not_say_how_the_network_computes(key: str, library: str) -> None:
     text = error_text(lambda: convert_state_dict({"head.weight": torch.zeros(1), key: torch.zeros(1)}))
-    assert f"has {library} keys ({key}), which are not supported yet" in text
+    assert f"has {library} keys ({key}), which do not say how it computes; build the model and convert that" in text
 
 
 def test_no_block_at_all() -> None:
@@ -346,22 +345,22 @@ def test_eps_is_used() -> None:
 
 def test_other_tensors_keep_value_and_order() -> None:
     state = train_state()
-    report = fold_state_dict(state)
-    assert list(report.state) == [
+    folded, report = fuse_state_dict(state)
+    assert list(folded) == [
         *("stage0.rbr_reparam.weight", "stage0.rbr_reparam.bias"),
         *("stage1.0.se.down.weight", "stage1.0.se.down.bias", "stage1.0.se.up.weight", "stage1.0.se.up.bias"),
         *("stage1.0.rbr_reparam.weight", "stage1.0.rbr_reparam.bias", "linear.weight", "linear.bias"),
     ]
-    assert all(report.state[key] is state[key] for key in report.state if "rbr_reparam" not in key)
+    assert all(folded[key] is state[key] for key in folded if "rbr_reparam" not in key)
     assert report.blocks == ("stage0", "stage1.0")
-    assert report.notes == ("assumed BatchNorm eps 1e-05, which a state_dict does not carry: RepVGG trains with 1e-5",)
-    assert report.largest == max(float(report.state[key].abs().max()) for key in report.state if "rbr_reparam" in key)
+    assert report.notes == ("BatchNorm eps 1e-05, with which official RepVGG trains; a state_dict does not carry it",)
+    assert report.largest == max(float(folded[key].abs().max()) for key in folded if "rbr_reparam" in key)
     assert_same(state, train_state())  # the trained state is not touched
 
 
 def test_progress_is_reported_block_by_block() -> None:
     seen: list[str] = []
-    fold_state_dict(train_state(), on_block=seen.append)
+    fuse_state_dict(train_state(), on_block=seen.append)
     assert seen == ["stage0", "stage1.0"]
 
 
@@ -375,8 +374,8 @@ def test_repvggplus_keys() -> None:
     state = block_state("stage3_first.blocks.0.", testing.random_branches(4, 4, seed=5))
     state |= {"stage3_first.blocks.0.post_se.down.weight": torch.ones(1, 4, 1, 1)}
     aux = {"stage3_first_aux.0.conv.weight": torch.ones(4, 4, 3, 3), "stage3_first_aux.3.weight": torch.ones(5, 4)}
-    report = fold_state_dict(state | aux | {"linear.weight": torch.ones(5, 4)})
-    assert list(report.state) == [
+    folded, report = fuse_state_dict(state | aux | {"linear.weight": torch.ones(5, 4)})
+    assert list(folded) == [
         *("stage3_first.blocks.0.rbr_reparam.weight", "stage3_first.blocks.0.rbr_reparam.bias"),
         *("stage3_first.blocks.0.post_se.down.weight", "linear.weight"),
     ]
@@ -437,9 +436,9 @@ def test_tensors_that_a_block_has_not_are_refused(key: str) -> None:
         (
             "stage1.0.rbr_1x1.conv.weight",
             [8, 4, 1, 1],
-            "stage1.0 cannot be folded: fuse_weights: branch 1: kernel must be",
+            "stage1.0.rbr_1x1.conv.weight must be [8, 8, 1, 1] to fit the other tensors of stage1.0, got [8, 4, 1, 1]",
         ),
-        ("stage1.0.rbr_identity.running_var", [4], "stage1.0 cannot be folded: fuse_weights: branch 2: BatchNorm var"),
+        ("stage1.0.rbr_identity.running_var", [4], "stage1.0.rbr_identity.running_var must be [8] to fit"),
         ("stage1.0.rbr_dense.conv.weight", [8, 3, 3, 3], "which needs in_channels == out_channels, got 6 and 8"),
     ],
 )
@@ -457,12 +456,34 @@ def test_integer_weights_are_refused() -> None:
     assert "stage0 cannot be folded" in error_text(lambda: convert_state_dict(state))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
-def test_values_that_fold_to_nothing_finite(value: float) -> None:
+@pytest.mark.parametrize("key", ["rbr_1x1.bn.running_mean", "rbr_1x1.bn.running_var", "rbr_dense.conv.weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_values_that_are_not_finite_are_named(key: str, value: float) -> None:
     state = train_state()
-    state["stage1.0.rbr_1x1.bn.running_var"] = torch.full((8,), value)
-    state["stage1.0.rbr_1x1.bn.running_mean"] = torch.full((8,), value)
-    assert "stage1.0 folds to NaN or infinity in float32" in error_text(lambda: convert_state_dict(state))
+    state[f"stage1.0.{key}"].view(-1)[3] = value
+    assert error_text(lambda: convert_state_dict(state)).startswith(f"stage1.0.{key} holds {value}: ")
+
+
+def test_negative_variance_is_named_even_where_eps_would_hide_it() -> None:
+    state = train_state()
+    state["stage1.0.rbr_identity.running_var"][2] = -1e-7
+    text = error_text(lambda: convert_state_dict(state))
+    assert text.startswith("stage1.0.rbr_identity.running_var holds -1e-07, and a variance is at least 0")
+
+
+@pytest.mark.parametrize("key", ["rbr_1x1.bn.weight", "rbr_dense.bn.running_mean", "rbr_1x1.conv.weight"])
+def test_zero_length_tensors_are_not_taken_for_absent_ones(key: str) -> None:
+    state = train_state()
+    state[f"stage1.0.{key}"] = state[f"stage1.0.{key}"][:0]
+    assert error_text(lambda: convert_state_dict(state)).startswith(f"stage1.0.{key} must be [8")
+
+
+def test_a_block_of_zero_channels_is_refused() -> None:
+    state = {
+        key: value[:0] if value.dim() else value
+        for key, value in block_state("", testing.random_branches(8, 8)).items()
+    }
+    assert "rbr_dense.conv.weight is empty ([0, 8, 3, 3])" in error_text(lambda: convert_state_dict(state))
 
 
 def test_overflow_of_a_16_bit_dtype_is_refused() -> None:
@@ -635,10 +656,11 @@ def test_trained_and_deployed_networks_agree(tmp_path: Path, kind: str, suffix: 
 
 def test_repvgg_a0() -> None:
     trained, deployed = randomised(create_model("RepVGG-A0")), create_model("RepVGG-A0", deploy=True).eval()
-    report = fold_state_dict(trained.state_dict())
-    assert (len(report.blocks), len(report.state)) == (22, 46)
-    assert (parameter_count(trained.state_dict()), parameter_count(report.state)) == (9_108_968, 8_309_384)
-    load_into(deployed, report.state)
+    state, report = fuse_state_dict(trained.state_dict())
+    assert (len(report.blocks), len(state)) == (22, 46)
+    assert (parameter_count(trained.state_dict()), parameter_count(state)) == (9_108_968, 8_309_384)
+    assert (report.parameters_before, report.parameters_after) == (9_108_968, 8_309_384)
+    load_into(deployed, state)
     x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     assert verify(trained, deployed, x).ok
 

@@ -88,7 +88,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, request: pytest.Fixtu
     state = randomised_state(create_model("RepVGG-small", num_classes=3))
     state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
     checkpoint.save_state_dict_file(state, tmp_path / "trained.pth")
-    checkpoint.save_state_dict_file(checkpoint.convert_state_dict(state), tmp_path / "deployed.pth")
+    checkpoint.save_state_dict_file(checkpoint.fuse_state_dict(state).state, tmp_path / "deployed.pth")
     return tmp_path
 
 
@@ -327,7 +327,7 @@ def test_convert(capsys: Capture, trained: Path, tiny: dict[str, Tensor], name: 
     status, out, err = run(capsys, "convert", trained, out_path)
     assert (status, err) == (0, "")
     folded = checkpoint.load_state_dict_file(out_path)
-    expected = checkpoint.convert_state_dict(tiny)
+    expected = checkpoint.fuse_state_dict(tiny).state
     assert all(torch.equal(folded[key], value) for key, value in expected.items())
     assert len(folded) == len(expected)
     before, after = checkpoint.parameter_count(tiny), checkpoint.parameter_count(expected)
@@ -336,7 +336,7 @@ def test_convert(capsys: Capture, trained: Path, tiny: dict[str, Tensor], name: 
         "  blocks folded  5",
         f"  parameters     {before:,} -> {after:,}",
     ]
-    assert "  note: assumed BatchNorm eps 1e-05" in out
+    assert "  note: BatchNorm eps 1e-05, with which official RepVGG trains" in out
     assert sorted(files_in(trained.parent)) == sorted([name, "trained.pth"])
 
 
@@ -353,7 +353,7 @@ def test_convert_reports_what_it_unwrapped(capsys: Capture, tmp_path: Path, tiny
 def test_convert_uses_eps(capsys: Capture, trained: Path, tiny: dict[str, Tensor]) -> None:
     out_path = trained.with_name("out.pth")
     status, out, _ = run(capsys, "convert", trained, out_path, "--eps", "1e-3")
-    expected = checkpoint.convert_state_dict(tiny, eps=1e-3)
+    expected = checkpoint.fuse_state_dict(tiny, eps=1e-3).state
     assert (status, "eps 0.001" in out) == (0, True)
     assert torch.equal(
         checkpoint.load_state_dict_file(out_path)["stage0.rbr_reparam.weight"], expected["stage0.rbr_reparam.weight"]
@@ -383,7 +383,7 @@ def test_convert_never_overwrites_its_input(capsys: Capture, trained: Path) -> N
 
 def bad_inputs(folder: Path, tiny: dict[str, Tensor]) -> dict[str, str]:
     """File names in ``folder`` that ``convert`` must refuse, with a part of the reason."""
-    checkpoint.save_state_dict_file(checkpoint.convert_state_dict(tiny), folder / "deployed.pth")
+    checkpoint.save_state_dict_file(checkpoint.fuse_state_dict(tiny).state, folder / "deployed.pth")
     checkpoint.save_state_dict_file(tiny, folder / "cut.pth")
     checkpoint.save_state_dict_file(tiny, folder / "cut.safetensors")
     for name in ("cut.pth", "cut.safetensors"):
@@ -406,7 +406,7 @@ def bad_inputs(folder: Path, tiny: dict[str, Tensor]) -> dict[str, str]:
         "module.pth": "holds more than tensors (torch.nn.modules.linear.Linear)",
         "partial.pth": "stage1.0.rbr_1x1.bn.running_var is missing: stage1.0 is not a complete RepVGG block",
         "resnet.pth": "the checkpoint has no RepVGG block",
-        "timm.pth": "the checkpoint has timm keys (stem.conv_kxk.conv.weight), which are not supported yet",
+        "timm.pth": "stem.conv_kxk.conv.weight must be [C_out, C_in / groups, 3, 3], got [1]",
     }
 
 
@@ -485,12 +485,13 @@ def test_convert_refuses_another_model(capsys: Capture, a0: Path, tmp_path: Path
     assert not target.exists()
 
 
-def test_convert_misses_a_lost_identity_only_without_the_model(capsys: Capture, a0: Path, tmp_path: Path) -> None:
-    """A block without identity is a valid block; that this one has lost it, the model knows."""
+@pytest.mark.parametrize("options", [(), ("--model", "RepVGG-A0")])
+def test_convert_misses_a_lost_identity(capsys: Capture, a0: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    """A block without identity is a valid block; that this one has lost it, its name and the model know."""
     state = checkpoint.load_state_dict_file(a0)
     torch.save({k: v for k, v in state.items() if "stage1.1.rbr_identity" not in k}, tmp_path / "in.pth")
-    text = error_of(capsys, "convert", tmp_path / "in.pth", tmp_path / "out.pth", "--model", "RepVGG-A0")
-    assert "missing keys: stage1.1.rbr_identity.weight" in text
+    text = error_of(capsys, "convert", tmp_path / "in.pth", tmp_path / "out.pth", *options)
+    assert "stage1.1.rbr_identity.weight is missing" in text
     assert not (tmp_path / "out.pth").exists()
 
 
@@ -589,6 +590,6 @@ def test_verify_another_model(capsys: Capture, small: Path) -> None:
 def test_verify_photos_need_three_channels(capsys: Capture, small: Path) -> None:
     state = create_model("RepVGG-small", num_classes=2, in_channels=1).state_dict()
     checkpoint.save_state_dict_file(state, small / "trained.pth")
-    checkpoint.save_state_dict_file(checkpoint.convert_state_dict(state), small / "deployed.pth")
+    checkpoint.save_state_dict_file(checkpoint.fuse_state_dict(state).state, small / "deployed.pth")
     text = error_of(capsys, *verify_arguments(small, "--images", small / "a.png"))
     assert text == "--images: photos have 3 channels, but the stem of the checkpoints takes 1"

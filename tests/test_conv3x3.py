@@ -63,6 +63,19 @@ def test_matches_fp64(
     assert y.is_contiguous(memory_format=reference.output_format(x))
 
 
+def test_the_bound_of_tf32_is_that_of_its_factors() -> None:
+    """Factors with their low 13 bits rounded and cut off stay within it, and use most of it on a single product."""
+    x, weight = torch.tensor([1 + 2**-10 - 2**-23]).reshape(1, 1, 1, 1), torch.zeros(1, 1, 3, 3)
+    weight[0, 0, 1, 1] = 1 + 2**-11 - 2**-23
+    cut, rounded = (
+        (t.view(torch.int32) + add & -(1 << 13)).view(torch.float32) for t, add in ((x, 0), (weight, 1 << 12))
+    )
+    assert (cut.item(), rounded[0, 0, 1, 1].item()) == (1.0, 1.0)
+    want, y = testing.conv3x3_fp64(x, weight, None), testing.conv3x3_fp64(cut, rounded, None)
+    assert_within_bound(y, want, testing.error_bound(x, weight, None, algorithm="mma_tf32"))
+    assert ((y - want).abs() > 0.98 * testing.error_bound(x, weight, None, algorithm="mma_tf32")).all()
+
+
 def expected_refusal(name: str, case: testing.Case, dtype: torch.dtype) -> str | None:
     """What each row cannot do, said once more."""
     lanes = {"baseline": 4, "avx2": 8, "avx512": 16}[_ext.module.cpu_target()] if _ext.module else 0

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from repvgg_cuda import checkpoint, demo, digits, picture, suites, timing
+from repvgg_cuda import baselines, checkpoint, comparison, demo, digits, networks, picture, timing
 from repvgg_cuda.convert import reparameterize
 from repvgg_cuda.models import create_model
 
@@ -74,7 +74,7 @@ def small_network(monkeypatch: pytest.MonkeyPatch) -> None:
         return digits.RepVGG(num_blocks=[1, 1, 1, 1], width_multiplier=[0.25, 0.25, 0.25, 0.125], **options)
 
     monkeypatch.setattr(demo, "create_model", small)
-    monkeypatch.setattr(suites, "create_model", small)
+    monkeypatch.setattr(networks, "create_model", small)
 
 
 # ------------------------------------------------------------------------------------------------- data and weights
@@ -167,7 +167,7 @@ def test_the_demo_runs_and_draws(small_network: None, tmp_path: Path, capsys: py
     assert f"{total} of {total} agree" in summary
     assert "all within their float64 error bounds" in summary
     assert "NOT" not in summary
-    for form in (suites.THREE_BRANCHES, "fused F.conv2d", suites.OWN_PREFIX):
+    for form in (baselines.THREE_BRANCHES, "fused F.conv2d", networks.OWN_PREFIX):
         assert summary.count(form) == 2, form
 
 
@@ -183,7 +183,7 @@ def break_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "reparameterize", broken)
 
 
-def stub_latency(monkeypatch: pytest.MonkeyPatch, rows: list[timing.Row]) -> None:
+def stub_latency(monkeypatch: pytest.MonkeyPatch, rows: list[comparison.Row]) -> None:
     monkeypatch.setattr(demo.Demo, "latency", lambda *args: rows)
     monkeypatch.setattr(demo.Demo, "latency_of", lambda *args: rows)
 
@@ -195,10 +195,10 @@ def test_a_wrong_fusion_gets_no_times(
     assert demo.run(parse("--quick", "--out", str(tmp_path), "--device", "cpu")) == 1
     out = capsys.readouterr().out
     assert "NOT all within their float64 error bounds" in out
-    rows = [line for line in out.splitlines() if line.startswith("│ ") and "wrong" in line]
-    assert [row for row in rows if suites.THREE_BRANCHES in row] == []
+    rows = [line for line in out.splitlines() if "wrong" in line]
+    assert [row for row in rows if baselines.THREE_BRANCHES in row] == []
     assert [row for row in rows if "fused F.conv2d" in row]
-    assert [row for row in rows if suites.OWN_PREFIX in row]
+    assert [row for row in rows if networks.OWN_PREFIX in row]
 
 
 def test_changed_predictions_alone_fail_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +212,7 @@ def test_changed_predictions_alone_fail_the_demo(tmp_path: Path, monkeypatch: py
 def test_a_wrong_row_alone_fails_the_demo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: Any, exit_code: int
 ) -> None:
-    stub_latency(monkeypatch, [timing.Row("models", "m", "fused F.conv2d", status)])
+    stub_latency(monkeypatch, [comparison.Row("models", "m", "fused F.conv2d", status)])
     monkeypatch.setattr(picture, "draw", lambda path, **parts: None)
     assert demo.run(parse("--out", str(tmp_path), "--device", "cpu")) == exit_code
 
@@ -242,8 +242,8 @@ def test_misread_digits_are_shown_first() -> None:
 
 
 def test_the_three_forms_are_the_baseline_pytorch_and_our_fastest() -> None:
-    def row(name: str, median: float | None) -> timing.Row:
-        return timing.Row("models", "m", name, "ok" if median else "refused", median_us=median, speedup=2.0)
+    def row(name: str, median: float | None) -> comparison.Row:
+        return comparison.Row("models", "m", name, "ok" if median else "refused", median_us=median, speedup=2.0)
 
     rows = [
         row("three branches", 9.0),
@@ -290,7 +290,7 @@ def test_a_photo_is_classified_before_and_after(
 def test_a_photo_with_a_checkpoint_of_either_form(
     small_network: None, photo: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = suites.randomise_(suites.create_model("RepVGG-A0", num_classes=7)).eval()
+    model = networks.randomise_(create_model("RepVGG-A0", num_classes=7)).eval()
     if form == "deploy":
         model = reparameterize(model).model
     path = tmp_path / "weights.safetensors"

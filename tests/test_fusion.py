@@ -313,3 +313,57 @@ def test_malformed_operator_arguments(arguments: tuple[object, ...], message: st
     with pytest.raises(RuntimeError) as error:
         torch.ops.repvgg_cuda.fuse_weights([t.to("meta") if meta else t for t in tensors], *rest)
     assert str(error.value) == message
+
+
+# ---------------------------------------------------------------------------------------------------------------- batch
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16], ids=["default", "float16"])
+def test_a_batch_is_its_blocks_folded_one_by_one(dtype: torch.dtype | None) -> None:
+    blocks = [*BLOCKS.values(), double(BLOCKS["repvgg"])]
+    folded = repvgg_cuda.fuse_weights_batch(blocks, dtype=dtype, bias_dtype=torch.float32)
+    assert len(folded) == len(blocks)
+    for block, (weight, bias) in zip(blocks, folded, strict=True):
+        want_weight, want_bias = repvgg_cuda.fuse_weights(block, dtype=dtype, bias_dtype=torch.float32)
+        assert (weight.dtype, bias.dtype) == (want_weight.dtype, torch.float32)
+        assert torch.equal(weight, want_weight)
+        assert torch.equal(bias, want_bias)
+
+
+def test_an_empty_batch() -> None:
+    assert repvgg_cuda.fuse_weights_batch([]) == []
+
+
+def test_batch_errors_name_the_block() -> None:
+    good, (bad, message) = BLOCKS["repvgg"], BAD_BLOCKS["eps"]
+    with pytest.raises(RuntimeError) as error:
+        repvgg_cuda.fuse_weights_batch([good, good, bad])
+    assert str(error.value) == message.replace("fuse_weights: ", "fuse_weights_batch: block 2: ")
+
+
+BATCH = ([TENSOR] + [EMPTY] * 5, [6], [0.0], [4], [4], [1])
+BAD_BATCHES = {
+    "no-tensors-in-a-block": ((BATCH[0], [6, 0], [0.0], [4], [4], [1]), "tensors_per_block must be at least 1, got 0"),
+    "too-few-tensors": (([TENSOR], *BATCH[1:]), "tensors must have 6 entries for these tensors_per_block, got 1"),
+    "no-eps": ((*BATCH[:2], [], *BATCH[3:]), "bn_eps must have 1 entries for these tensors_per_block, got 0"),
+    "in-channels": (
+        (*BATCH[:3], [4, 4], *BATCH[4:]),
+        "in_channels must have 1 entries for these tensors_per_block, got 2",
+    ),
+    "out-channels": ((*BATCH[:4], [], BATCH[5]), "out_channels must have 1 entries for these tensors_per_block, got 0"),
+    "groups": ((*BATCH[:5], []), "groups must have 1 entries for these tensors_per_block, got 0"),
+    "a-bad-block": (
+        (*BATCH[:5], [3]),
+        "block 0: groups must divide in_channels and out_channels, got groups=3, in_channels=4, out_channels=4",
+    ),
+}
+
+
+@pytest.mark.parametrize("meta", [False, True], ids=["kernel", "fake"])
+@pytest.mark.parametrize(("arguments", "message"), BAD_BATCHES.values(), ids=BAD_BATCHES.keys())
+def test_malformed_batches(arguments: tuple[list[object], ...], message: str, meta: bool) -> None:
+    tensors, *rest = arguments
+    tensors = [t.to("meta") if meta else t for t in tensors if isinstance(t, Tensor)]
+    with pytest.raises(RuntimeError) as error:
+        torch.ops.repvgg_cuda.fuse_weights_batch(tensors, *rest, None, None)
+    assert str(error.value) == f"fuse_weights_batch: {message}"

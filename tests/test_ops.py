@@ -60,6 +60,20 @@ def test_opcheck_fuse_weights(requires_grad: bool) -> None:
     torch.library.opcheck(OPS.fuse_weights.default, (tensors, *geometry, None, None))
 
 
+def batch_of(*blocks: Branches) -> tuple[list[Any], ...]:
+    """The arguments of fuse_weights_batch up to the dtypes."""
+    tensors, bn_eps, *geometry = zip(*(block.op_args() for block in blocks), strict=True)
+    counts = [len(block_tensors) for block_tensors in tensors]
+    return sum(tensors, []), counts, sum(bn_eps, []), *map(list, geometry)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck_fuse_weights_batch(requires_grad: bool) -> None:
+    tensors, *lists = batch_of(block_sample(torch.float32), testing.random_branches(3, 5, identity=False))
+    tensors = [t.detach().requires_grad_(requires_grad and t.numel() > 0) for t in tensors]
+    torch.library.opcheck(OPS.fuse_weights_batch.default, (tensors, *lists, None, None))
+
+
 @pytest.mark.parametrize("activation", ["identity", "relu"])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_gradients_of_conv3x3(stride: int, activation: str) -> None:
@@ -110,6 +124,21 @@ def test_gradients_of_fuse_weights() -> None:
     values = tuple(tensors[i] for i in given)
     assert torch.autograd.gradcheck(f, values)
     assert torch.autograd.gradgradcheck(f, values)
+
+
+def test_gradients_of_a_batch_are_those_of_its_blocks() -> None:
+    blocks = [block_sample(torch.float32), block_sample(torch.float32)]
+    tensors, *lists = batch_of(*blocks)
+    weights, biases = OPS.fuse_weights_batch(tensors, *lists, None, None)
+    (weights[0].square().sum() + biases[1].sum()).backward()  # two of the four outputs
+    got = [t.grad for t in tensors]
+    for block in blocks:
+        for tensor in block.tensors():
+            tensor.grad = None
+    (repvgg_cuda.fuse_weights(blocks[0])[0].square().sum() + repvgg_cuda.fuse_weights(blocks[1])[1].sum()).backward()
+    for tensor, grad in zip(tensors, got, strict=True):
+        if tensor.numel():
+            torch.testing.assert_close(torch.zeros_like(tensor) if grad is None else grad, tensor.grad)
 
 
 def test_gradients_of_mixed_dtypes_keep_each_tensors_own() -> None:
@@ -299,6 +328,14 @@ def test_vmap_of_fuse_weights_is_a_clear_error() -> None:
     with pytest.raises(RuntimeError, match="^fuse_weights: vmap is not supported; fuse the blocks one after another"):
         torch.func.vmap(fold)(stacked)
 
+    batch = batch_of(block)
+
+    def fold_batch(kernel: Tensor) -> Any:
+        return OPS.fuse_weights_batch([kernel, *batch[0][1:]], *batch[1:], None, None)
+
+    with pytest.raises(RuntimeError, match="^fuse_weights_batch: vmap is not supported"):
+        torch.func.vmap(fold_batch)(stacked)
+
 
 def test_jit_trace() -> None:
     net, x = Net().eval(), torch.randn(2, 3, 9, 7)
@@ -342,3 +379,25 @@ def test_cuda_fold_is_the_cpu_fold(dtype: torch.dtype) -> None:
     got: Callable[[str], Any] = lambda device: OPS.fuse_weights([t.to(device) for t in tensors], *geometry, dtype, None)  # noqa: E731
     for a, b in zip(got("cuda"), got("cpu"), strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=2 * testing.unit_roundoff(dtype), atol=0)
+
+
+@pytest.mark.cuda
+def test_a_batch_on_cuda_is_one_launch_and_can_be_captured() -> None:
+    blocks = [testing.random_branches(8, 8), testing.random_branches(6, 10, identity=False)] * 20
+    tensors, *lists = batch_of(*blocks)
+    tensors = [t.cuda() for t in tensors]
+
+    def run() -> Any:
+        return OPS.fuse_weights_batch(tensors, *lists, None, None)
+
+    want = run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run()
+        torch.cuda.synchronize()
+    assert sum(event.count for event in profile.key_averages() if "fuse_weights_kernel" in event.key) == 1
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run()
+    graph.replay()
+    for a, b in zip(want[0] + want[1], got[0] + got[1], strict=True):
+        assert torch.equal(a, b)

@@ -329,6 +329,42 @@ def test_every_order_of_threads(programs: Programs, record_property: Callable[[s
     assert all(counts.values()), f"a row that no case runs: {counts}"
 
 
+def tiles() -> list[tuple[int, int, bool, bool]]:
+    """Output channels, stride, joined, split of every tile of the tensor-core rows (csrc/cuda/mma_tiles.h)."""
+    text = (build.CSRC / "cuda" / "mma_tiles.h").read_text()
+    rows = [[field.strip() for field in row.split(",")] for row in re.findall(r"^    \{([^}]*)\},", text, re.MULTILINE)]
+    return [(16 * int(r[0]) * int(r[1]), int(r[5]), r[6] == "true", r[8] == "true") for r in rows]
+
+
+@pytest.mark.parametrize("tile", range(len(tiles())))
+def test_every_tensor_core_tile(tile: int, programs: Programs) -> None:
+    """Whole tiles and ragged ones, full chunks and padded ones, groups; the same bits in every order of threads."""
+    channels, stride, joined, split = tiles()[tile]
+    ragged = channels + 24 if channels % 32 == 0 else channels - 8
+    width = 15 if joined else 19
+    shapes = [
+        (3 if joined else 1, 48, 9, width, channels, stride, 1),
+        (2, 8, 8, 32, ragged, stride, 1),
+        (2, 80, 5, 14 if joined else 5, 2 * ragged, stride, 2),
+    ]
+    cases = [
+        ",".join(map(str, (*shape, dtype, "nhwc", *epilogue)))
+        for shape, epilogue in zip(shapes, (("relu", "bias"), ("identity", "none"), ("relu", "none")), strict=True)
+        for dtype in ("float16", "bfloat16", "float32")
+    ]
+    program = programs("plain")["driver"]
+    for parts in (1, 2, 3) if split else (1,):
+        options = ("--tile", str(tile), "--split", str(parts))
+        forward = drive("plain", program, cases, "--algorithm", "mma", *options, "--guard", "before")
+        other = drive("plain", program, cases, "--algorithm", "mma", *options, "--schedule", "random:5")
+        assert ran(forward) == {"mma": 6}
+        assert {key: line.get("bits") for key, line in forward.items()} == {
+            key: line.get("bits") for key, line in other.items()
+        }
+        tf32 = drive("plain", program, cases, "--algorithm", "mma_tf32", *options)
+        assert ran(tf32)["mma_tf32"] in (0, 3)  # not every tile is compiled for it
+
+
 @pytest.mark.parametrize(("capability", "multiprocessors"), [(75, 40), (86, 4), (90, 132), (120, 170)])
 def test_other_gpus(capability: int, multiprocessors: int, programs: Programs) -> None:
     """What depends on the GPU: copies that are not asynchronous, less shared memory, overlapping launches, tiles."""

@@ -45,6 +45,7 @@ struct ConvArgs {
   void* stream;     // cudaStream_t; unused on a CPU
   Device device;    // the one that the workspace was measured for
   ParallelFor parallel_for;
+  bool just_packed = false;  // `packed` is written by the launch before this one
 };
 
 struct PackArgs {

@@ -14,4 +14,7 @@ const char* target_name();
 // Name i of the instruction sets this CPU has, from the least capable; nullptr past the last.
 const char* supported_target(int i);
 
+// Does `rounds` rounds of multiply-adds in registers and nothing else, in one thread. Returns their operations.
+double multiply_adds(int64_t rounds);
+
 }  // namespace repvgg::cpu

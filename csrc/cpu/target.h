@@ -156,6 +156,7 @@ struct Target {
   void (*stem)(const StemRow&);
   void (*to_inner)(const Reorder&);
   void (*from_inner)(const Reorder&);
+  double (*multiply_adds)(int64_t rounds);
 };
 
 // From the least to the most capable; the first one runs everywhere.

@@ -9,6 +9,7 @@
 #include "cpu/winograd.inl"
 #include "cpu/direct.inl"
 #include "cpu/planar.inl"
+#include "cpu/peak.inl"
 // clang-format on
 
 constexpr Target make_target(const char* name, bool (*supported)()) {
@@ -24,5 +25,6 @@ constexpr Target make_target(const char* name, bool (*supported)()) {
           direct,
           stem,
           to_inner,
-          from_inner};
+          from_inner,
+          multiply_adds};
 }

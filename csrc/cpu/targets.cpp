@@ -58,6 +58,8 @@ const Target& target() {
 
 const char* target_name() { return target().name; }
 
+double multiply_adds(int64_t rounds) { return target().multiply_adds(rounds); }
+
 const char* supported_target(int i) {
   const Targets& all = targets();
   for (int j = 0; j < all.size; ++j) {

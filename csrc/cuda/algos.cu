@@ -29,6 +29,8 @@ Device device(int index) {
   return device;
 }
 
+void wait_for_stream(void* stream) { synchronize_stream(stream); }
+
 AlgoTable algos() {
   static const ConvAlgo* const rows[] = {&kConv3x3Mma, &kConv3x3Stem, &kConv3x3Direct, &kConv3x3DirectSplit,
                                          &kConv3x3MmaTF32Row};

@@ -13,6 +13,9 @@ AlgoTable algos();
 // What the rows need to know of the GPU with this index. Throws std::runtime_error if it cannot be asked.
 Device device(int index);
 
+// Returns when what was launched on the stream has ended. Throws std::runtime_error if it failed.
+void wait_for_stream(void* stream);
+
 // The predicted time of F.conv2d in seconds, no measurement: of float32 the larger of its byte and FLOP floors on a
 // current GPU, of 16-bit types mma_plan.h's model of an implicit GEMM. It is there to be compared with.
 double aten_cost(const ConvProblem& prob, const Device& device);

@@ -146,7 +146,8 @@ LaunchPlan plan(const ConvProblem& prob, const Device& device, bool split) {
                       T::kTileP,
                       T::kTileQ,
                       1,
-                      choice.slices};
+                      choice.slices,
+                      T::kBlocksPerSM};
   });
 }
 

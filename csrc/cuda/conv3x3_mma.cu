@@ -3,19 +3,17 @@
 #include <limits>
 
 #include "cuda/algos.h"
-#include "cuda/conv3x3_mma.cuh"
 #include "cuda/gpu_rates.h"
 #include "cuda/mma_plan.h"
+#include "cuda/mma_tiles.h"
 #include "cuda/pack_weights.h"
 
 namespace repvgg::cuda {
 namespace {
 
 const Conv3x3MmaEntry& entry_of(const ConvProblem& prob, int tile) {
-  const Conv3x3MmaEntry* entries = prob.dtype == DType::kFloat16    ? kConv3x3MmaFloat16
-                                   : prob.dtype == DType::kBFloat16 ? kConv3x3MmaBFloat16
-                                                                    : kConv3x3MmaTF32;
-  return entries[tile];
+  if (prob.dtype == DType::kFloat16) return conv3x3_mma_float16(tile);
+  return prob.dtype == DType::kBFloat16 ? conv3x3_mma_bfloat16(tile) : conv3x3_mma_tf32(tile);
 }
 
 // What both rows ask for; `channels` is a copy of 16 bytes.
@@ -26,11 +24,12 @@ Refusal refuse_common(const ConvProblem& prob, const Device& device, int channel
   }
   // Coordinates, channels and the grid are int, offsets in memory int64_t.
   constexpr int64_t kMost = 1 << 30;
-  if (prob.N > kMost || prob.H > kMost || prob.W > kMost || prob.C * 9 > kMost || prob.K * 9 > kMost ||
+  if (prob.N > kMost || prob.H > kMost || prob.W > kMost || prob.C > kMost / 64 || prob.K > kMost / 64 ||
       mma_packed_bytes(prob) / kTapColumnBytes > kMost) {
     return "an extent is too large";
   }
   const MmaPlan plan = plan_mma(prob, device);
+  if (plan.tile < 0) return "the rows of an image are too long";
   if (plan.blocks() > std::numeric_limits<int>::max()) return "the problem needs more than 2^31 - 1 thread blocks";
   if (device.present && !entry_of(prob, plan.tile).has_code()) {
     return "repvgg_cuda was built without code for this GPU: rebuild with TORCH_CUDA_ARCH_LIST for it";
@@ -38,7 +37,10 @@ Refusal refuse_common(const ConvProblem& prob, const Device& device, int channel
   return nullptr;
 }
 
-bool older_than(const Device& device, int capability) { return device.present && device.capability < capability; }
+// Of a GPU at hand or described; not of one that is unknown.
+bool older_than(const Device& device, int capability) {
+  return device.capability > 0 && device.capability < capability;
+}
 
 Refusal refuse(const ConvProblem& prob, const Device& device) {
   if (prob.dtype != DType::kFloat16 && prob.dtype != DType::kBFloat16) return "x must be float16 or bfloat16";
@@ -102,7 +104,8 @@ void launch_mma(const ConvProblem& prob, const ConvArgs& args, const MmaPlan& pl
   params.tiles = static_cast<int>(plan.tiles);
   params.split = plan.split;
   params.split_chunks = plan.split_chunks;
-  entry_of(prob, plan.tile).launch(params, /*overlap=*/args.device.capability >= 90, args.stream);
+  const bool overlap = args.device.capability >= 90;  // reads weights before the launch ahead has ended
+  entry_of(prob, plan.tile).launch(params, overlap && !args.just_packed, overlap, args.stream);
 }
 
 extern const ConvAlgo kConv3x3Mma = {"mma",     refuse, cost, mma_packed_bytes, mma_pack,

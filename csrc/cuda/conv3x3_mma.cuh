@@ -19,6 +19,7 @@
 #pragma once
 
 #include <climits>
+#include <utility>
 
 #include "cuda/device.cuh"
 #include "cuda/mma_output.h"
@@ -52,23 +53,6 @@ struct Conv3x3MmaTraits {
 
   // Rows of the halo that a warp's outputs need, two to a load.
   static constexpr int kPixelRows = (kRows - 1) * kStride + 3, kPixelLoads = (kPixelRows + 1) / 2;
-};
-
-// The problem in ints, so that the device divides no 64-bit numbers. conv3x3_mma.cu fills it.
-struct Conv3x3MmaParams {
-  const void* x;
-  const void* packed;
-  const void* bias;  // [K] or nullptr
-  void* y;
-  float* partial;  // the sums of split blocks; nullptr without a split
-  DType bias_dtype;
-  Activation activation;
-  int N, C, H, W, K, P, Q;
-  int groups, group_C, group_K;
-  int k_blocks;             // tiles of output channels in a group
-  int p_tiles, q_tiles;     // of an image; with kJoined q_tiles are those of the whole batch
-  int tiles;                // all of them: a block of the grid each, `split` blocks where sums are split
-  int split, split_chunks;  // blocks that share a sum, chunks that each of them takes
 };
 
 // Which outputs a block owns. Channel blocks vary fastest, then groups: blocks that run together share their pixels.
@@ -383,9 +367,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM) conv3x3_mma_kern
 template <class T>
 __global__ void __launch_bounds__(T::kThreads) conv3x3_mma_sum_kernel(const Conv3x3MmaParams params) {
   const int index = static_cast<int>(blockIdx.x) / T::kRows, j = static_cast<int>(blockIdx.x) % T::kRows;
-  const auto output = conv3x3_mma_output<T>(params, Conv3x3MmaTile<T>(params, index));
   wait_for_previous_kernel();  // the parts are complete
   let_next_kernel_start();
+  const auto output = conv3x3_mma_output<T>(params, Conv3x3MmaTile<T>(params, index));
   float sum[T::kTilesM][4] = {};
   for (int part = 0; part < params.split; ++part) {
 #pragma unroll
@@ -406,15 +390,6 @@ using Conv3x3MmaTraitsOf =
                      kMmaTiles[kIndex].warps_p, kMmaTiles[kIndex].warps_q, kMmaTiles[kIndex].stride,
                      kMmaTiles[kIndex].joined>;
 
-struct Conv3x3MmaEntry {
-  bool (*has_code)();
-  void (*launch)(const Conv3x3MmaParams&, bool overlap, void* stream);
-};
-
-// The kernels of one type, in the order of kMmaTiles; null where a tile is not compiled for it. Each type has a file of
-// its own, so that they are compiled side by side.
-extern const Conv3x3MmaEntry kConv3x3MmaFloat16[], kConv3x3MmaBFloat16[], kConv3x3MmaTF32[];
-
 template <MmaType kType, int kIndex>
 constexpr Conv3x3MmaEntry conv3x3_mma_entry() {
   constexpr MmaTile kTile = kMmaTiles[kIndex];
@@ -423,17 +398,23 @@ constexpr Conv3x3MmaEntry conv3x3_mma_entry() {
   } else {
     using T = Conv3x3MmaTraitsOf<kType, kIndex>;
     return {[] { return has_code(conv3x3_mma_kernel<T>); },
-            [](const Conv3x3MmaParams& params, bool overlap, void* stream) {
+            [](const Conv3x3MmaParams& params, bool overlap, bool overlap_sum, void* stream) {
               const auto tiles = static_cast<unsigned>(params.tiles);
               launch_kernel("conv3x3 mma", conv3x3_mma_kernel<T>,
                             {tiles * params.split, T::kThreads, T::kSharedBytes, overlap}, stream, params);
               if constexpr (kTile.split) {
                 if (params.split == 1) return;
                 launch_kernel("conv3x3 mma, sum of the parts", conv3x3_mma_sum_kernel<T>,
-                              {tiles * T::kRows, T::kThreads, 0, overlap}, stream, params);
+                              {tiles * T::kRows, T::kThreads, 0, overlap_sum}, stream, params);
               }
             }};
   }
+}
+
+template <MmaType kType, int... kIndices>
+const Conv3x3MmaEntry& conv3x3_mma_entry_of(int tile, std::integer_sequence<int, kIndices...>) {
+  static constexpr Conv3x3MmaEntry kEntries[] = {conv3x3_mma_entry<kType, kIndices>()...};
+  return kEntries[tile];
 }
 
 }  // namespace repvgg::cuda

@@ -17,17 +17,14 @@ int64_t grid_size(const ConvProblem& prob) {
 
 template <class F>
 auto with_traits(const ConvProblem& prob, const F& f) {
-  if (prob.dtype == DType::kFloat16) {
-    return prob.stride == 1 ? f(Conv3x3StemTraits<MmaType::kFloat16, 1>{})
-                            : f(Conv3x3StemTraits<MmaType::kFloat16, 2>{});
-  }
-  return prob.stride == 1 ? f(Conv3x3StemTraits<MmaType::kBFloat16, 1>{})
-                          : f(Conv3x3StemTraits<MmaType::kBFloat16, 2>{});
+  return prob.dtype == DType::kFloat16 ? f(Conv3x3StemTraits<MmaType::kFloat16>{})
+                                       : f(Conv3x3StemTraits<MmaType::kBFloat16>{});
 }
 
 Refusal refuse(const ConvProblem& prob, const Device& device) {
   if (prob.dtype != DType::kFloat16 && prob.dtype != DType::kBFloat16) return "x must be float16 or bfloat16";
   if (prob.groups != 1) return "groups must be 1";
+  if (prob.stride != 2) return "stride must be 2";
   if (prob.C > 3) return "in_channels must be at most 3";
   if (prob.K % 8 != 0) return "out_channels must be a multiple of 8";
   if (device.present && device.capability < 75) return "needs a GPU of compute capability 7.5 or later";
@@ -87,9 +84,10 @@ void launch(const ConvProblem& prob, const ConvArgs& args) {
         (fragments(prob) + T::kTilesM - 1) / T::kTilesM,
         (P + T::kTileP - 1) / T::kTileP,
         (Q + T::kTileQ - 1) / T::kTileQ};
-    launch_kernel("conv3x3 stem", conv3x3_stem_kernel<T>,
-                  {static_cast<unsigned>(grid_size<T>(prob)), T::kThreads, 0, args.device.capability >= 90},
-                  args.stream, params);
+    launch_kernel(
+        "conv3x3 stem", conv3x3_stem_kernel<T>,
+        {static_cast<unsigned>(grid_size<T>(prob)), T::kThreads, 0, args.device.capability >= 90 && !args.just_packed},
+        args.stream, params);
   });
 }
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The first layer of a network on tensor cores: x [N, C, H, W] or [N, H, W, C] with C <= 3, 16-bit, -> y [N, P, Q, K].
+// The first layer of a network on tensor cores: x [N, C, H, W] or [N, H, W, C] with C <= 3, 16-bit, -> y [N, P, Q, K],
+// stride 2.
 //
 // The 27 products of an output are one sum of 32: row r of the filter takes the products 10 r to 10 r + 8, in the order
 // (s, c), the others are padding. Staged with its channels interleaved, the input has those 9 values next to each
@@ -22,14 +23,15 @@ struct StemProduct {
   RVG_HOST_DEVICE bool padding() const { return r == 3 || e == 9; }
 };
 
-template <MmaType Type, int Stride>
+template <MmaType Type>
 struct Conv3x3StemTraits {
   static constexpr MmaType kType = Type;
-  static constexpr int kTilesM = 4, kTileK = 16 * kTilesM, kStride = Stride;
+  static constexpr int kTilesM = 4, kTileK = 16 * kTilesM, kStride = 2;
   static constexpr int kThreads = 128, kBlocksPerSM = 4;
   static constexpr int kTileP = 4, kTileQ = 8 * kThreads / 32;  // a warp owns 8 columns
   static constexpr int kHaloH = (kTileP - 1) * kStride + 3, kHaloW = (kTileQ - 1) * kStride + 3;
-  static constexpr int kPitch = (3 * kHaloW + 1 + 1) / 2 * 2;  // even: pairs of values are words
+  static constexpr int kPitch = (3 * kHaloW + 1 + 1) / 2 * 2;
+  static_assert(kPitch % 2 == 0 && 3 * kStride % 2 == 0, "a pair of values is a word");
 };
 
 struct Conv3x3StemParams {

@@ -79,6 +79,10 @@ bool has_code(void (*kernel)(Params...)) {
   return false;
 }
 
+inline void synchronize_stream(void* stream) {
+  check(cudaStreamSynchronize(static_cast<cudaStream_t>(stream)), "synchronize_stream");
+}
+
 // Compute capability of a GPU, as 10 * major + minor, and its number of multiprocessors.
 inline void describe_gpu(int index, int* capability, int* multiprocessors) {
   int major = 0, minor = 0;

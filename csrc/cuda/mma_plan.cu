@@ -44,6 +44,9 @@ bool mma_tile_fits(const MmaTile& tile, const ConvProblem& prob) {
   if (tile.stride != prob.stride) return false;
   if (prob.dtype == DType::kFloat32 && !tile.tf32) return false;
   if (tile.joined && (prob.N < 2 || prob.W < MmaTile::kMinJoinedW || prob.N * prob.W > 1 << 30)) return false;
+  // What a block copies lies within 2^31 bytes of its first pixel.
+  const int64_t rows = tile.joined ? tile.max_images() * prob.H : tile.halo_h();
+  if (rows * prob.W * prob.C * (prob.dtype == DType::kFloat32 ? 4 : 2) > 0x7FFFFFFF) return false;
   // Pairs of fragments begin at multiples of 32 channels.
   return tile.tile_k() % 32 == 0 || prob.group_K() <= tile.tile_k();
 }

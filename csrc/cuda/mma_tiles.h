@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
 // The menu of the tensor-core convolution: which tiles there are, and what each of them costs in threads and memory.
-// Kernels, launches and the choice of a tile all read it.
+// Kernels, launches and the choice of a tile all read it. What a launch hands to the kernel is here too.
 #pragma once
 
+#include "core/conv_problem.h"
 #include "cuda/packed_layout.h"
 
 namespace repvgg::cuda {
@@ -49,5 +50,35 @@ constexpr MmaTile kMmaTiles[] = {
     {1, 2, 4, 2, 1, 2, false, true, true},    // 32 x 8 x 8
 };
 constexpr int kMmaTileCount = sizeof kMmaTiles / sizeof *kMmaTiles;
+
+// The problem in ints, so that the device divides no 64-bit numbers. conv3x3_mma.cu fills it.
+struct Conv3x3MmaParams {
+  const void* x;
+  const void* packed;
+  const void* bias;  // [K] or nullptr
+  void* y;
+  float* partial;  // the sums of split blocks; nullptr without a split
+  DType bias_dtype;
+  Activation activation;
+  int N, C, H, W, K, P, Q;
+  int groups, group_C, group_K;
+  int k_blocks;             // tiles of output channels in a group
+  int p_tiles, q_tiles;     // of an image; with kJoined q_tiles are those of the whole batch
+  int tiles;                // all of them: a block of the grid each, `split` blocks where sums are split
+  int split, split_chunks;  // blocks that share a sum, chunks that each of them takes
+};
+
+// The kernels of one tile and type; null where the tile is not compiled for the type.
+struct Conv3x3MmaEntry {
+  bool (*has_code)();
+  // `overlap`: the first launch may begin before the one ahead of it has ended; `overlap_sum`: the second, if there is
+  // one, before the first has.
+  void (*launch)(const Conv3x3MmaParams&, bool overlap, bool overlap_sum, void* stream);
+};
+
+// By index of kMmaTiles. Each type is compiled in a file of its own.
+const Conv3x3MmaEntry& conv3x3_mma_float16(int tile);
+const Conv3x3MmaEntry& conv3x3_mma_bfloat16(int tile);
+const Conv3x3MmaEntry& conv3x3_mma_tf32(int tile);
 
 }  // namespace repvgg::cuda

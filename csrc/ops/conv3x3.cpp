@@ -105,11 +105,15 @@ Tensor conv3x3_chain(const Tensor& x, const std::vector<Tensor>& weights, const 
     ConvProblem prob = i == 0 ? make_problem(where, x, weights[i], bias, strides[i], groups[i])
                               : next_problem(where, layers.back().prob, x, weights[i], bias, strides[i], groups[i]);
     prob.activation = activation;
+    // Between 16-bit layers on a GPU tensors are channels_last.
+    if (i > 0 && x.is_cuda() && x.element_size() == 2) prob.layout = Layout::kNHWC;
     layers.push_back(choose_layer(where, prob, weights[i], pack, pack ? "auto" : algorithm));
   }
-  if (x.size(0) == 0) return empty_output(layers.back().prob, x);
+  const Layout layout = layers.front().prob.layout;
+  ConvProblem last = layers.back().prob;
+  last.layout = layout;
+  if (x.size(0) == 0) return empty_output(last, x);
 
-  const Layout layout = layers.back().prob.layout;
   Tensor y = x;
   for (size_t i = 0; i < n;) {
     const int join = x.is_cuda() ? 0 : joined(layers, i);

@@ -67,13 +67,14 @@ AlgoTable algos_for(const std::string& device_type) {
 
 const char* device_type(const Tensor& tensor) { return tensor.is_cuda() ? "cuda" : "cpu"; }
 
-Device device_of(const Tensor& tensor) {
+Device device_at(const std::string& device_type, int index) {
 #ifdef RVG_WITH_CUDA
-  if (tensor.is_cuda()) return cuda::device(tensor.get_device_index());
+  if (device_type == "cuda") return cuda::device(index);
 #endif
-  const int threads = tensor.is_cuda() ? 1 : static_cast<int>(torch::stable::get_num_threads());
-  return {true, tensor.get_device_index(), threads};
+  return {true, index, device_type == "cpu" ? static_cast<int>(torch::stable::get_num_threads()) : 1};
 }
+
+Device device_of(const Tensor& tensor) { return device_at(device_type(tensor), tensor.get_device_index()); }
 
 const ConvAlgo* named_algo(const Where& where, const AlgoTable& table, const ConvProblem& prob, const Device& device,
                            const std::string& algorithm, const std::string& device_type) {
@@ -152,7 +153,7 @@ Tensor run_layer(const Layer& layer, const Tensor& x, const Tensor& weight, cons
   const DType bias_dtype = bias ? *float_dtype(bias->scalar_type()) : prob.dtype;
   algo->launch(prob, {x_dense.const_data_ptr(), weight_data, pack_bytes > 0 ? workspace : payload,
                       bias_dense ? bias_dense->const_data_ptr() : nullptr, bias_dtype, y.mutable_data_ptr(),
-                      workspace + pack_bytes, stream, device, parallel_for});
+                      workspace + pack_bytes, stream, device, parallel_for, /*just_packed=*/pack_bytes > 0});
   return any_layout ? y : dense(y, asked.layout);
 }
 

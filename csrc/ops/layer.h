@@ -13,6 +13,8 @@ namespace repvgg::ops {
 AlgoTable algos_for(const std::string& device_type);
 
 const char* device_type(const Tensor& tensor);  // "cpu" or "cuda"
+// What the rows need to know of a device at hand.
+Device device_at(const std::string& device_type, int index);
 Device device_of(const Tensor& tensor);
 
 // The named row, nullptr for "aten". Throws std::runtime_error if it is unknown or refuses.

@@ -27,16 +27,34 @@ std::vector<std::string> algorithms(const std::string& device_type) {
   return names;
 }
 
-// A problem as Python describes it, and where it would run. device_index -1: no device at hand.
+// Where a problem would run. index -1: no device at hand; of a GPU that is not, capability and multiprocessors.
+struct Place {
+  std::string device_type;
+  int index;
+  int capability = 0, multiprocessors = 0;
+
+  repvgg::Device device() const {
+    if (index >= 0) return repvgg::ops::device_at(device_type, index);
+    const int threads = device_type == "cpu" ? static_cast<int>(torch::stable::get_num_threads()) : 1;
+    return {false, index, threads, capability, multiprocessors};
+  }
+};
+
+// A problem as Python describes it, and where it would run.
 struct Query {
   repvgg::ConvProblem prob;
   repvgg::Device device;
   repvgg::AlgoTable table;
+
+  const repvgg::ConvAlgo& row(const std::string& algorithm, const std::string& device_type) const {
+    const repvgg::ConvAlgo* algo = table.find(algorithm.c_str());
+    if (algo == nullptr) throw std::runtime_error("no algorithm '" + algorithm + "' on " + device_type);
+    return *algo;
+  }
 };
 
-Query make_query(const std::string& device_type, int device_index, const std::array<int64_t, 4>& x_shape,
-                 int64_t out_channels, int stride, int groups, const std::string& dtype, bool channels_last,
-                 const std::string& activation) {
+Query make_query(const Place& place, const std::array<int64_t, 4>& x_shape, int64_t out_channels, int stride,
+                 int groups, const std::string& dtype, bool channels_last, const std::string& activation) {
   using repvgg::DType;
   static const std::map<std::string, DType> dtypes = {{"float64", DType::kFloat64},
                                                       {"float32", DType::kFloat32},
@@ -52,28 +70,41 @@ Query make_query(const std::string& device_type, int device_index, const std::ar
                                     dtypes.at(dtype),
                                     channels_last ? repvgg::Layout::kNHWC : repvgg::Layout::kNCHW,
                                     repvgg::ops::parse_activation(activation)};
-  const int threads = device_type == "cpu" ? static_cast<int>(torch::stable::get_num_threads()) : 1;
-  return {prob, {device_index >= 0, device_index, threads}, repvgg::ops::algos_for(device_type)};
+  return {prob, place.device(), repvgg::ops::algos_for(place.device_type)};
 }
 
 std::optional<std::string> text(repvgg::Refusal why) {
   return why == nullptr ? std::nullopt : std::optional<std::string>(why);
 }
 
-template <class... Args>
-std::optional<std::string> refusal(const std::string& algorithm, const std::string& device_type, Args... args) {
-  const Query query = make_query(device_type, args...);
-  const repvgg::ConvAlgo* algo = query.table.find(algorithm.c_str());
-  if (algo == nullptr) throw std::runtime_error("no algorithm '" + algorithm + "' on " + device_type);
-  return text(algo->refuse(query.prob, query.device));
+template <class... Problem>
+std::optional<std::string> refusal(const std::string& algorithm, const std::string& device_type, int device_index,
+                                   Problem... problem) {
+  const Query query = make_query({device_type, device_index}, problem...);
+  return text(query.row(algorithm, device_type).refuse(query.prob, query.device));
+}
+
+// Every field of repvgg::LaunchPlan by its name; None where the row refuses the problem.
+template <class... Problem>
+std::optional<std::map<std::string, int64_t>> launch_plan(const std::string& algorithm, int capability,
+                                                          int multiprocessors, Problem... problem) {
+  const Query query = make_query({"cuda", -1, capability, multiprocessors}, problem...);
+  const repvgg::ConvAlgo& algo = query.row(algorithm, "cuda");
+  if (algo.refuse(query.prob, query.device) != nullptr || algo.plan == nullptr) return std::nullopt;
+  const repvgg::LaunchPlan plan = algo.plan(query.prob, query.device);
+  return std::map<std::string, int64_t>{
+      {"blocks", plan.blocks}, {"threads", plan.threads}, {"shared_bytes", plan.shared_bytes},
+      {"tile_k", plan.tile_k}, {"tile_p", plan.tile_p},   {"tile_q", plan.tile_q},
+      {"images", plan.images}, {"split", plan.split},     {"blocks_per_sm", plan.blocks_per_sm}};
 }
 
 // Name, refusal, predicted seconds, bytes of packed weights, whether "auto" takes it.
 using Row = std::tuple<std::string, std::optional<std::string>, std::optional<double>, int64_t, bool>;
 
-template <class... Args>
-std::vector<Row> explain(bool prepared, bool low_memory, const std::string& device_type, Args... args) {
-  const auto [prob, device, table] = make_query(device_type, args...);
+template <class... Problem>
+std::vector<Row> explain(bool prepared, bool low_memory, const std::string& device_type, int device_index,
+                         int capability, int multiprocessors, Problem... problem) {
+  const auto [prob, device, table] = make_query({device_type, device_index, capability, multiprocessors}, problem...);
   const int64_t weight_bytes = prob.K * prob.group_C() * 9 * repvgg::ops::element_bytes(prob.dtype);
   const int64_t max_bytes = low_memory ? weight_bytes : std::numeric_limits<int64_t>::max();
   const repvgg::ConvAlgo* chosen = table.select(prob, device, prepared, max_bytes);
@@ -152,17 +183,25 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled part of repvgg_cuda. Importing it registers torch.ops.repvgg_cuda.*.";
   m.def("algorithms", &algorithms, py::arg("device_type"), "Names of the rows of a device's table, without 'aten'.");
   using Shape = std::array<int64_t, 4>;
-  m.def("refusal", &refusal<int, Shape, int64_t, int, int, std::string, bool, std::string>, py::arg("algorithm"),
+  m.def("refusal", &refusal<Shape, int64_t, int, int, std::string, bool, std::string>, py::arg("algorithm"),
         py::arg("device_type"), py::arg("device_index"), py::arg("x_shape"), py::arg("out_channels"), py::arg("stride"),
         py::arg("groups"), py::arg("dtype"), py::arg("channels_last"), py::arg("activation"),
         "Why a row refuses a problem; None if it accepts. device_index -1: no device at hand.");
-  m.def("explain", &explain<int, Shape, int64_t, int, int, std::string, bool, std::string>, py::arg("prepared"),
-        py::arg("low_memory"), py::arg("device_type"), py::arg("device_index"), py::arg("x_shape"),
-        py::arg("out_channels"), py::arg("stride"), py::arg("groups"), py::arg("dtype"), py::arg("channels_last"),
-        py::arg("activation"),
-        "Every row and 'aten': name, refusal, predicted seconds, bytes of packed weights, whether 'auto' takes it.");
+  m.def(
+      "explain", &explain<Shape, int64_t, int, int, std::string, bool, std::string>, py::arg("prepared"),
+      py::arg("low_memory"), py::arg("device_type"), py::arg("device_index"), py::arg("capability"),
+      py::arg("multiprocessors"), py::arg("x_shape"), py::arg("out_channels"), py::arg("stride"), py::arg("groups"),
+      py::arg("dtype"), py::arg("channels_last"), py::arg("activation"),
+      "Every row and 'aten': name, refusal, predicted seconds, bytes of packed weights, whether 'auto' takes it. With "
+      "device_index -1 capability (80 for 8.0) and multiprocessors describe a GPU that is not at hand; 0: unknown.");
+  m.def("launch_plan", &launch_plan<Shape, int64_t, int, int, std::string, bool, std::string>, py::arg("algorithm"),
+        py::arg("capability"), py::arg("multiprocessors"), py::arg("x_shape"), py::arg("out_channels"),
+        py::arg("stride"), py::arg("groups"), py::arg("dtype"), py::arg("channels_last"), py::arg("activation"),
+        "How a CUDA row would launch on such a GPU; None where it refuses.");
   m.def("build_info", [] { return std::string(RVG_BUILD_INFO); }, "How this module was built, as JSON.");
   m.def("cpu_targets", &cpu_targets, "Instruction sets that the CPU kernels are compiled for and this machine has.");
+  m.def("cpu_multiply_adds", &repvgg::cpu::multiply_adds, py::arg("rounds"), py::call_guard<py::gil_scoped_release>(),
+        "Multiply-adds in registers and nothing else, in one thread, for the ceiling. Returns their operations.");
   m.def("cpu_target", [] { return std::string(repvgg::cpu::target_name()); }, "The one of them that runs.");
 
   py::class_<repvgg::ops::DLPackArray>(m, "DLPackArray", "A result for any library: pass it to its from_dlpack().")

@@ -13,6 +13,9 @@
 #include "cpu/algos.h"
 #include "ops/layer.h"
 #include "ops/scratch.h"
+#ifdef RVG_WITH_CUDA
+#include "cuda/algos.h"
+#endif
 
 // torch/csrc/stable/c/shim.h, from torch 2.11 on.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
@@ -107,6 +110,12 @@ Tensor owning_header(const Where& where, PackedHeader header, Tensor payload) {
   return Tensor(handle);
 }
 
+void wait_for_stream([[maybe_unused]] void* stream) {
+#ifdef RVG_WITH_CUDA
+  cuda::wait_for_stream(stream);
+#endif
+}
+
 const ConvAlgo* choose_packed(const Where& where, const ConvProblem& prob, const Device& device,
                               const std::string& device_type, const std::string& algorithm, int64_t max_bytes) {
   const AlgoTable table = algos_for(device_type);
@@ -169,8 +178,9 @@ Tensor prepack(const Tensor& weight, const std::vector<int64_t>& input_size, int
     header.device_bytes = bytes;
     header.device_index = weight.get_device_index();
     header.device_dtype = static_cast<int32_t>(weight.scalar_type());
-    algo->pack(prob, {dense(weight).const_data_ptr(), payload.mutable_data_ptr(),
-                      current_stream(weight.get_device_index()), parallel_for});
+    void* const stream = current_stream(weight.get_device_index());
+    algo->pack(prob, {dense(weight).const_data_ptr(), payload.mutable_data_ptr(), stream, parallel_for});
+    wait_for_stream(stream);  // from now on they can be read on every stream, and before the launch ahead has ended
     return owning_header(where, header, std::move(payload));
   }
   header.payload_bytes = bytes;

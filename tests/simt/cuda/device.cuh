@@ -57,6 +57,8 @@ bool has_code(void (*)(Params...)) {
   return true;
 }
 
+inline void synchronize_stream(void*) { simt::synchronize(); }
+
 inline void describe_gpu(int, int* capability, int* multiprocessors) {
   *capability = simt::gpu.capability;
   *multiprocessors = simt::gpu.multiprocessors;

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: MIT
+"""Models of timm: every sum of branches is found and folded, nothing where there is none. The whole list: benchmarks/."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from repvgg_cuda import deploy, testing
+from repvgg_cuda.suites import randomise_
+from repvgg_cuda.verification import NETWORK_FACTOR
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def coverage() -> Iterator[Any]:
+    sys.path.insert(0, str(BENCHMARKS))
+    yield importlib.import_module("timm_coverage")
+    sys.path.remove(str(BENCHMARKS))
+
+
+@pytest.fixture(scope="module")
+def timm(coverage: Any) -> Any:
+    try:
+        return coverage.import_timm()
+    except ImportError as error:
+        pytest.skip(f"timm is not installed: {error}")
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0", "repvit_m0_9", "fastvit_t8", "repghostnet_050"])
+def test_every_sum_is_folded(name: str, timm: Any, coverage: Any) -> None:
+    row = coverage.row_of(timm, name, seconds=600)
+    assert "failure" not in row
+    assert row["expected"] == row["found"] == row["fused"] > 0
+    assert not row["left"]
+    assert row["fused_chains"] == row["chains"]
+    assert row["parameters_after"] <= row["timm_parameters"] < row["parameters"]
+    allowed = NETWORK_FACTOR * max(row["trained_error"], testing.unit_roundoff(torch.float32))
+    assert row["error"] <= allowed
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "mobilenetv3_small_050", "convnext_atto", "densenet121", "tf_efficientnet_b0"]
+)
+def test_nothing_is_found_where_nothing_is(name: str, timm: Any, coverage: Any) -> None:
+    row = coverage.structure(timm, name)
+    assert (row["expected"], row["found"]) == (0, 0)
+    assert row["chains"] > 0 or name == "convnext_atto"
+
+
+def test_state_dicts_have_the_keys_of_timm(timm: Any) -> None:
+    """Where its classes know a deployed form: a checkpoint goes either way."""
+    torch.manual_seed(0)
+    trained = randomise_(timm.create_model("repvgg_a0", num_classes=3)).eval()
+    x = torch.randn(2, 3, 64, 64)
+    deployed, report = deploy(trained, x, strict=True)
+    assert "all 23 rows within their bounds" in report.verification
+    assert {type(module) for module in deployed.stages.modules()} == {
+        *(type(module) for module in timm.utils.reparameterize_model(trained).stages.modules()),
+        type(deployed.stem.reparam_conv),
+    } - {torch.nn.Conv2d, torch.nn.ReLU} | {torch.nn.Identity}
+    theirs = timm.utils.reparameterize_model(trained)
+    assert list(theirs.state_dict()) == list(deployed.state_dict())
+    theirs.load_state_dict(deployed.state_dict())
+    torch.testing.assert_close(theirs(x), deployed(x), rtol=1e-4, atol=1e-4)
