@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What accesses of kernels cost, by line: ``python tests/simt/counts.py --algorithm mma CASE``, options as of driver.cpp.
+"""What accesses of kernels cost, by line: ``python tests/simt/counts.py --algorithm mma CASE``, as of driver.cpp.
 
 Wavefronts of shared memory and 32-byte sectors of global memory, beside the ideal: one wavefront for each phase of a
 request, and no sector that is used in part.
@@ -74,6 +74,11 @@ def parse(program: Path, output: str) -> list[Cost]:
         for i, what in enumerate(("requests", "cost", "ideal")):
             total[i] += count[what]
     return [Cost(*key, *total) for key, total in sorted(sums.items())]
+
+
+def conflicts(costs: Sequence[Cost]) -> list[Cost]:
+    """Vector accesses of shared memory that are not ideal: no kernel has any."""
+    return [cost for cost in costs if cost.space == "shared" and cost.bytes == 16 and cost.cost != cost.ideal]
 
 
 def measure(program: Path, *arguments: str) -> list[Cost]:
