@@ -177,7 +177,7 @@ def _build(
         output = deployed(x)
     require(isinstance(output, Tensor), f"benchmark: the model must return one tensor, got {type(output).__name__}")
     work = networks.workload(trained, deployed, x, setup.target)
-    truth = checks.network_truth(deployed if trained is None else trained, deployed, x)
+    truth = checks.network_truth(deployed if trained is None else trained, deployed, x, tf32=setup.tf32)
     candidates = list(suites.network_rows(setup, work, truth))
     taken = {candidate.name for candidate in candidates}
     for name, rival in rivals.items():

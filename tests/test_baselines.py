@@ -139,6 +139,14 @@ def test_a_network_with_se_is_no_chain() -> None:
     assert [(layer.stride, layer.activation) for layer in layers] == [(2, "relu")] * 5
 
 
+def test_tf32_is_allowed_for_where_it_is_used() -> None:
+    trained, deployed, x = small_network()
+    exact, loose = (checks.network_truth(trained, deployed, x, tf32=tf32) for tf32 in (False, True))
+    rounded = exact.want.float() + 2.0**-11 * exact.want.float().abs().max()
+    assert exact.check(rounded) != ""
+    assert loose.check(rounded) == ""
+
+
 def test_foreign_outputs_are_told_from_wrong_ones() -> None:
     want = torch.tensor([[1.0, -4.0]], dtype=torch.float64)
     truth = checks.Truth(lambda: want, lambda: torch.full_like(want, 1e-6), torch.float32)

@@ -422,6 +422,22 @@ def test_cuda_without_a_gpu_is_an_error() -> None:
         bench.run(parse("--device", "cuda"))
 
 
+@pytest.mark.usefixtures("no_ceilings")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_gpu_is_rehearsed(tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str) -> None:
+    path = tmp_path / "dry.jsonl"
+    options = ["--suite", "notebook", "--rounds", "1", "--dtype", dtype, "--against", "channels_last", "graph"]
+    assert bench.run(parse("--device", "cuda", "--dry-run", "--tf32", *options, "--json", str(path))) == 0
+    run = records.read(path)
+    assert run.environment["dry_run"] is True
+    assert {"driver", "clock_mhz", "throttle"} <= set(run.environment["state"])
+    assert "dry run: no GPU, and these times mean nothing" in capsys.readouterr().out
+    names = {row.candidate: row.status for row in run.rows}
+    assert names["fused F.conv2d, cudnn.benchmark, channels_last, CUDA graph"] == "ok"
+    assert names["fused conv3x3 prepared, CUDA graph"] == "ok"
+    assert names["cudnn_convolution_relu, CUDA graph"] == "refused"  # the notebook's block has no ReLU
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
