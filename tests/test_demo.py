@@ -290,7 +290,7 @@ def test_a_photo_is_classified_before_and_after(
 def test_a_photo_with_a_checkpoint_of_either_form(
     small_network: None, photo: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = networks.randomise_(create_model("RepVGG-A0", num_classes=7)).eval()
+    model = networks.randomise_(networks.create_model("RepVGG-A0", num_classes=7)).eval()
     if form == "deploy":
         model = reparameterize(model).model
     path = tmp_path / "weights.safetensors"
