@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import timm_models
 import torch
 from torch import Tensor, nn
 
@@ -300,6 +301,24 @@ def test_an_unknown_model_lists_the_known_ones_whether_or_not_timm_is_there(monk
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(RuntimeError, match=r"digits, RepVGG-A0, .*timm itself: ModuleNotFoundError\), got nothing"):
         networks.require_model("nothing")
+
+
+@pytest.mark.slow
+def test_a_model_of_the_real_timm() -> None:
+    timm_models.import_timm()
+    networks.require_model("repvgg_a0")
+    with pytest.raises(RuntimeError, match="or a model of timm, got repvgg_a00"):
+        networks.require_model("repvgg_a00")
+    assert networks.input_shape("repvgg_a0", 2) == (2, 3, 224, 224)
+    trained, x = networks.build_model("repvgg_a0", torch.device("cpu"), torch.float32, 1, (64, 64))
+    deployed = networks.deploy(trained)
+    work = networks.workload(trained, deployed, x, devices.CpuDevice())
+    truth = checks.network_truth(trained, deployed, x)
+    setup = Setup(x.device, x.dtype, quick=True)
+    with torch.inference_mode():
+        found = {each.name: each.check(each.ready()()) for each in suites.network_rows(setup, work, truth)}
+    assert set(found.values()) == {""}
+    assert {"three branches", "fused F.conv2d + relu", "fused conv3x3 prepared"} <= set(found)
 
 
 def test_a_model_of_timm_is_built_for_its_input(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from repvgg_cuda import (
     Branches,
     bench,
     ceilings,
+    cli,
     comparison,
     devices,
     environment,
@@ -549,6 +551,17 @@ def test_the_clock_fits_the_threads() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- scripts
+
+
+def test_the_commands_of_the_page_are_ones_that_there_are() -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    commands = [line for line in text.splitlines() if line.startswith("repvgg-cuda bench")]
+    assert len(commands) >= 6
+    for line in commands:
+        cli._parser().parse_args(shlex.split(line.partition("   ")[0])[1:])
+    keys = {key for keys in bench._keys().values() for key in keys}
+    assert all(f"`{key}`" in text for key in keys)
+    assert all(f"| `{suite}` |" in text for suite in bench.SUITES)
 
 
 def test_the_notebook_example_says_what_the_notebook_showed(
