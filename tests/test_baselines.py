@@ -265,10 +265,13 @@ def test_benchmark_of_a_model() -> None:
 def test_benchmark_of_a_layer_against_named_rivals() -> None:
     conv = repvgg_cuda.RepConv3x3(8, 8, activation="relu").eval()
     x = torch.randn(1, 8, 12, 12)
-    result = repvgg_cuda.benchmark(conv, x, against={"mine": lambda x: conv(x)}, rounds=2)
+    result = repvgg_cuda.benchmark(conv, x, against={"mine": lambda x: conv(x)}, rounds=2, cold=True)
     names = [row.candidate for row in result.rows]
     assert names[0] == "fused F.conv2d + relu"
-    assert "mine" in names
+    assert names.count("mine") == 2
+    assert [row.caches for row in result.rows if row.candidate == "mine"] == ["warm", "cold"]
+    assert result["mine"].caches == "warm"
+    assert str(result).count("caches cold") == 1
     assert conv.prepared is None
 
 

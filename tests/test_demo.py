@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from repvgg_cuda import baselines, checkpoint, comparison, demo, digits, networks, picture, timing
+from repvgg_cuda import baselines, charts, checkpoint, comparison, demo, digits, networks, picture, timing
 from repvgg_cuda.convert import reparameterize
 from repvgg_cuda.models import create_model
 
@@ -426,7 +426,7 @@ def test_an_unwritable_directory(tmp_path: Path) -> None:
     [
         ("sklearn", "pip install scikit-learn", digits.load_digits),
         ("PIL", "pip install pillow", lambda: demo.load_image(Path("x.png"), 256, 224)),
-        ("matplotlib", "pip install matplotlib", picture.require_matplotlib),
+        ("matplotlib", "pip install matplotlib", charts.require_matplotlib),
     ],
 )
 def test_a_missing_extra_names_its_remedy(
