@@ -8,7 +8,7 @@
 
 namespace repvgg::cuda {
 
-extern const ConvAlgo kConv3x3Mma, kConv3x3Stem, kConv3x3Direct, kConv3x3DirectSplit, kConv3x3MmaTF32Row;
+extern const ConvAlgo kConv3x3Mma, kConv3x3Stem, kConv3x3Direct, kConv3x3DirectSplit, kConv3x3MmaTF32;
 
 double aten_cost(const ConvProblem& prob, const Device& device) {
   if (prob.dtype == DType::kFloat16 || prob.dtype == DType::kBFloat16) {
@@ -33,7 +33,7 @@ void wait_for_stream(void* stream) { synchronize_stream(stream); }
 
 AlgoTable algos() {
   static const ConvAlgo* const rows[] = {&kConv3x3Mma, &kConv3x3Stem, &kConv3x3Direct, &kConv3x3DirectSplit,
-                                         &kConv3x3MmaTF32Row};
+                                         &kConv3x3MmaTF32};
   return {rows, static_cast<int>(sizeof rows / sizeof *rows), aten_cost};
 }
 
