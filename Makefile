@@ -8,7 +8,7 @@ SOURCES := setup.py $(wildcard csrc/*/*)
 
 OUT    ?= gpu-check
 
-.PHONY: demo test gpu-check lint format cuda-build cuda-objects static-baseline clean
+.PHONY: demo test gpu-check lint format cuda-build cuda-objects static-slow static-baseline clean
 
 demo: $(VENV)/.built
 	$(PY) -m repvgg_cuda demo
@@ -35,7 +35,11 @@ format: $(VENV)/.dev
 
 # Every default architecture, warnings and register spills are errors; then what the binary holds is checked.
 cuda-build: cuda-objects
-	REPVGG_CUDA_GATE=build/cuda-gate $(PY) -m pytest tests/static
+	REPVGG_CUDA_GATE=build/cuda-gate $(PY) -m pytest tests/static -m "not slow"
+
+# On what cuda-build built: the faults that take long to plant, the proofs that take long.
+static-slow: $(VENV)/.dev
+	REPVGG_CUDA_GATE=build/cuda-gate $(PY) -m pytest tests/static -m slow
 
 # The baseline of the installed compiler becomes what it makes of the kernels now: look at `git diff tests/static`.
 static-baseline: cuda-objects

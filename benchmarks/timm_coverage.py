@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from repvgg_cuda import reparameterize
 from repvgg_cuda.convert import find
-from repvgg_cuda.suites import randomise_
+from repvgg_cuda.networks import randomise_
 
 ROOT = Path(__file__).resolve().parent.parent
 #: More parameters than this are converted in structure only: the float64 oracle would not fit into memory.
@@ -232,9 +232,9 @@ def as_markdown(rows: list[dict[str, Any]], version: str, total: int) -> str:
         "were not found.",
         "",
         "Random weights and random BatchNorm statistics. *expected*: sums that timm's classes fold; 0 where timm "
-        "leaves them. *found*, *folded*: by the graph pass, which knows no class. Errors: the largest of the output against "
-        "the trained model in float64, relative to the largest output; *trained* is that of the model as it was. "
-        "Parameters after include conv-BatchNorm chains, which timm folds in some models only.",
+        "leaves them. *found*, *folded*: by the graph pass, which knows no class. Errors: the largest of the output "
+        "against the trained model in float64, relative to the largest output; *trained* is that of the model as it "
+        "was. Parameters after include conv-BatchNorm chains, which timm folds in some models only.",
         "",
         "| model | px | expected | found | folded | error | timm's | trained | parameters | after | timm's | remarks |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",

@@ -95,12 +95,15 @@ def plan(
 ) -> StatePlan:
     """Plans :func:`repvgg_cuda.fuse_state_dict`; of ``state``, whose tensors may be on the meta device, only shapes and
     dtypes are looked at. Raises RuntimeError as it does, but for values."""
-    require(
-        eps is None or 0 <= eps < math.inf, f"eps must be a finite number of at least 0, got {eps:g}" if eps else ""
-    )
+    if eps is not None:
+        require(0 <= eps < math.inf, f"eps must be a finite number of at least 0, got {eps:g}")
     require(target is None or target in ZOOS, f"there is no zoo '{target}'; the names are {', '.join(ZOOS)}")
     found = recognise(list(state), source=source)
     zoo, to = found.zoo, ZOOS[target or found.zoo.name]
+    require(
+        eps is None or (fold and found.form == "train"),
+        f"eps is that of BatchNorms to be folded, and nothing is folded here: leave it out, got {eps}",
+    )
     folds: dict[str, Fold] = {}
     if fold:
         require(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from repvgg_cuda import charts, environment, tables
 from repvgg_cuda.charts import DARK, LIGHT, Theme
@@ -75,19 +75,16 @@ def write(run: Run, out: Path) -> list[Path]:
         raise RuntimeError("the record holds no row with a time; nothing to draw")
     out.mkdir(parents=True, exist_ok=True)
     written = []
-    drawn = {name: (text, versions(draw)) for name, text, draw in pictures(run)}
-    for name, (_, figures) in drawn.items():
-        figure = figures[LIGHT, False]
-        for path, content in (
-            (out / f"{name}.svg", charts.render(figure, "svg", LIGHT)),
-            (out / f"{name}.png", charts.render(figure, "png", LIGHT)),
-        ):
-            write_atomically(path, content)
+    images = {}
+    for name, text, draw in pictures(run):
+        figures = versions(draw)
+        images[name] = (text, image(figures, text))
+        for kind in KINDS:
+            path = out / f"{name}.{kind}"
+            write_atomically(path, charts.render(figures[LIGHT, False], kind, LIGHT))
             written.append(path)
     page = out / "report.html"
-    write_text_atomically(
-        page, html(run, {name: (text, image(figures, text)) for name, (text, figures) in drawn.items()})
-    )
+    write_text_atomically(page, html(run, images))
     return [*written, page]
 
 
@@ -102,6 +99,9 @@ def versions(draw: Callable[[Theme], Any]) -> Figures:
         for narrow in (True, False)
     }
 
+
+#: Of the files beside the page.
+KINDS: tuple[Literal["svg", "png"], ...] = ("svg", "png")
 
 Picture = tuple[str, str, Callable[[Theme], Any]]
 
@@ -166,8 +166,14 @@ def speedup_text(cases: Sequence[Sequence[Row]]) -> str:
 # --------------------------------------------------------------------------------------------------------------- HTML
 
 
-def html(run: Run, images: Mapping[str, tuple[str, str]]) -> str:
-    """The page. ``images``: by name, how to read each picture, and the picture."""
+def html(run: Run, images: Mapping[str, tuple[str, str]] | None = None) -> str:
+    """The page.
+
+    Args:
+        images: by name, how to read each picture, and the picture; None: they are drawn here.
+    """
+    if images is None:
+        images = {name: (text, image(versions(draw), text)) for name, text, draw in pictures(run)}
     record = run.environment
     title = f"repvgg_cuda on {environment.machine(record)}"
     parts = [f"<h1>{escape(title)}</h1>", f"<p class=muted>{escape(subtitle(run))}</p>"]

@@ -7,6 +7,7 @@ docs/testing-cuda.md says how to run one kernel, one case, one mutant by hand.
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from simt import harness
+from simt import counts, harness, mutant_table, mutants
 
 from repvgg_cuda import testing
 from repvgg_cuda.testing import Case
@@ -69,7 +70,7 @@ def expected_exit(mode: str, expectation: str) -> tuple[int, str] | None:
     return (EXIT["diagnosis"], pattern) if pattern else None
 
 
-@pytest.mark.parametrize("mode", harness.MODES)
+@pytest.mark.parametrize("mode", ["plain", "asan", "tsan"])
 def test_planted_bugs_are_reported(mode: str, programs: Programs) -> None:
     program = programs(mode)["selftest"]
     problems = []
@@ -331,7 +332,7 @@ def test_every_order_of_threads(programs: Programs, record_property: Callable[[s
 
 def tiles() -> list[tuple[int, int, bool, bool]]:
     """Output channels, stride, joined, split of every tile of the tensor-core rows (csrc/cuda/mma_tiles.h)."""
-    text = (build.CSRC / "cuda" / "mma_tiles.h").read_text()
+    text = (harness.CSRC / "cuda" / "mma_tiles.h").read_text()
     rows = [[field.strip() for field in row.split(",")] for row in re.findall(r"^    \{([^}]*)\},", text, re.MULTILINE)]
     return [(16 * int(r[0]) * int(r[1]), int(r[5]), r[6] == "true", r[8] == "true") for r in rows]
 
@@ -410,3 +411,56 @@ def test_races(programs: Programs) -> None:
     cases = [*conv_cases((*testing.EDGE_CASES[:13], *DEEP_CASES), 8), *FUSE_CASES[:5]]
     options = ("--schedule", "random:3", "--blocks-at-once", "2", "--capability", "90")
     assert all(ran(drive("tsan", programs("tsan")["driver"], cases, *options)).values())
+
+
+#: Cases whose interior is large beside their border.
+COUNTED = {
+    "mma": ("1,32,24,48,128,1,1,float16,nhwc,relu,bias", "2,32,14,14,64,1,1,bfloat16,nhwc,relu,bias"),
+    "direct": ("1,8,32,32,64,1,1,float32,nchw,relu,bias", "1,8,32,32,64,2,1,float32,nhwc,relu,bias"),
+}
+
+
+@pytest.mark.parametrize("row", COUNTED)
+def test_no_bank_conflicts(row: str, programs: Programs) -> None:
+    """Vector accesses of shared memory take the ideal number of wavefronts; tensor cores' global ones, of sectors."""
+    for options in ((), ("--multiprocessors", "1"), ("--capability", "90")):
+        costs = counts.measure(programs("count")["driver"], "--algorithm", row, *options, *COUNTED[row])
+        vectors = [cost for cost in costs if cost.space == "shared" and cost.bytes == 16]
+        assert sum(cost.requests for cost in vectors) > 100
+        found = counts.conflicts(costs)
+        assert not found, "\n".join(map(str, found))
+        if row == "mma":
+            copies = [cost for cost in costs if cost.space == "global" and cost.bytes == 16 and "mma" in cost.kernel]
+            scattered = [cost for cost in copies if cost.cost != cost.ideal]
+            assert copies
+            assert not scattered, "\n".join(map(str, scattered))
+
+
+# ------------------------------------------------------------------------------------------------------------ mutants
+
+
+def test_mutants_are_found_in_the_kernels() -> None:
+    """An entry of the table whose code is gone raises LookupError, which says so."""
+    found = mutants.all_mutants()
+    files = {mutant.file for mutant in found}
+    barriers = sum(
+        len(re.findall(r"__syncthreads\(\);", mutants.code_of(path.read_text())))
+        for path in (harness.CSRC / "cuda").glob("*.cu*")
+        if path.name != "device.cuh"
+    )
+    assert sum(mutant.plants == "no barrier" for mutant in found) == barriers > 0
+    assert {path.name for path in (harness.CSRC / "cuda").glob("*.cuh")} - {"device.cuh"} <= files
+
+
+def test_a_sample_of_mutants_is_reported(programs: Programs) -> None:
+    """All of them: python tests/simt/mutants.py. The sample is of kernels that compile in seconds."""
+    quick = [
+        mutant
+        for mutant in mutants.all_mutants()
+        if mutant.file not in mutant_table.UNITS and mutant.file != "conv3x3_mma.cuh"
+    ]
+    sample = random.Random(20).sample(quick, 6)
+    for mode in harness.MODES:
+        programs(mode)
+    outcomes = mutants.trial(sample)
+    assert all(outcome.as_expected for outcome in outcomes), mutants.table(outcomes)

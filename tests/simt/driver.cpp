@@ -20,6 +20,7 @@
 
 #include "buffers.h"
 #include "core/conv_algo.h"
+#include "counters.h"
 #include "cuda/algos.h"
 #include "cuda/device.cuh"
 #include "cuda/mma_plan.h"
@@ -250,12 +251,15 @@ void run_row(const ConvAlgo& algo, const ConvCase& test, const std::string& text
                                  y.data(), workspace.data(), nullptr,     device,    in_turn};
   const auto launch = [&](const std::vector<char>& from) {
     run_previous_layer(from, x, y);
+    for (const Buffer* buffer : {&x, &weight, &bias, &y, &packed, &workspace})
+      simt::count_memory(buffer->data(), buffer->bytes());
     if (way.forced.tile >= 0) {
       repvgg::cuda::launch_mma(prob, args, way.forced);
     } else {
       algo.launch(prob, args);
     }
     simt::synchronize();
+    simt::forget_memory();
   };
   launch(inputs[0]);
 
@@ -275,7 +279,8 @@ void run_row(const ConvAlgo& algo, const ConvCase& test, const std::string& text
   }
   const uint64_t hash = y.hash();
   if (wrong.empty() && with_reach) {
-    const std::array<int64_t, 4> pixel = {prob.N / 2, prob.C - 1, prob.H / 2, prob.W / 3};
+    // Of few channels the first: it lies behind another pixel's last.
+    const std::array<int64_t, 4> pixel = {prob.N / 2, prob.C > 4 ? prob.C - 1 : 0, prob.H / 2, prob.W / 3};
     const int64_t at = index(prob.layout, prob.C, prob.H, prob.W, pixel[0], pixel[1], pixel[2], pixel[3]);
     const std::vector<char> before = y.copy();
     std::vector<char> from = inputs[0];
@@ -415,9 +420,11 @@ int run(int argc, char** argv) {
     }
   }
   const simt::Totals& totals = simt::totals;
+  const std::string counts = simt::take_counts();
   std::printf("{\"launches\": %" PRIu64 ", \"blocks\": %" PRIu64 ", \"threads\": %" PRIu64 ", \"barriers\": %" PRIu64
-              ", \"collectives\": %" PRIu64 ", \"failures\": %d}\n",
-              totals.launches, totals.blocks, totals.threads, totals.barriers, totals.collectives, failures);
+              ", \"collectives\": %" PRIu64 ", \"failures\": %d, \"counts\": %s}\n",
+              totals.launches, totals.blocks, totals.threads, totals.barriers, totals.collectives, failures,
+              counts.c_str());
   return failures != 0;
 }
 

@@ -9,6 +9,7 @@
 #include <random>
 #include <span>
 
+#include "counters.h"
 #include "state.h"
 
 namespace simt {
@@ -33,7 +34,8 @@ struct Launch {
 std::vector<void*> unfinished;
 std::vector<std::shared_ptr<void>> contexts;
 void* const device_fence = new_object();
-std::vector<std::unique_ptr<Block>> slots;
+std::vector<std::unique_ptr<Block>> all_slots;  // kept from launch to launch, with their threads
+std::span<const std::unique_ptr<Block>> slots;  // of this launch
 std::mt19937_64 generator;
 bool block_ended = false;  // then the driver is next, which starts another one
 size_t last_warp = 0;      // of all warps of all slots, in their order
@@ -143,6 +145,7 @@ void end_barrier(Block& block) {
     thread->waits_at_barrier = false;
     make_runnable(*thread);
   }
+  for (const auto& warp : block.warps) close_requests(*warp);
   block.waiting = 0;
   ++block.barriers;
   ++totals.barriers;
@@ -157,6 +160,7 @@ bool try_complete(Warp& warp, unsigned i) {
   }
   std::swap(warp.gatherings[i], warp.gatherings[--warp.open]);
   if (done.what->run != nullptr) done.what->run(done.lanes, done.arrived, done.where);
+  if (done.arrived == warp.alive) close_requests(warp);
   warp.runnable |= done.arrived;
   ++totals.collectives;
   return true;
@@ -186,6 +190,7 @@ void end_thread() {
   warp.runnable &= ~(1u << thread.lane);
   --block.alive;
   block_ended = block_ended || block.alive == 0;
+  if (warp.alive == 0) close_requests(warp);
   if (block.alive > 0 && block.waiting == block.alive) end_barrier(block);
   for (unsigned i = 0; i < warp.open;) i += try_complete(warp, i) ? 0 : 1;
 }
@@ -267,6 +272,8 @@ void run_grid() {
 
 }  // namespace
 
+const char* kernel_name() { return current.name; }
+
 void diagnose(Where where, const char* format, ...) {
   std::fflush(stdout);
   std::fprintf(stderr, "simt: ");
@@ -301,11 +308,10 @@ const char* launch(const char* name, Shape shape, void (*body)(void*), std::shar
   launches.push_back({name, shape.grid, shape.block, 0});
   generator.seed(schedule.seed);
   last_warp = 0;
-  slots.resize(std::min(std::max(schedule.blocks_at_once, 1u), shape.grid));
-  for (auto& slot : slots) {
-    if (slot == nullptr) slot = std::make_unique<Block>();
-    prepare_slot(*slot);
-  }
+  const size_t count = std::min(std::max(schedule.blocks_at_once, 1u), shape.grid);
+  while (all_slots.size() < count) all_slots.push_back(std::make_unique<Block>());
+  slots = std::span(all_slots).first(count);
+  for (const auto& slot : slots) prepare_slot(*slot);
   run_grid();
   ++totals.launches;
   return nullptr;

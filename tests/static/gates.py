@@ -17,7 +17,6 @@ from typing import TypeVar
 
 import sass
 import shared_bytes
-import sync
 from binary import Binary, Kernel
 from expectations import expectation
 from occupancy import LIMITS, blocks_per_sm
@@ -127,10 +126,10 @@ def check_memory(kernel: Kernel) -> Iterable[Finding]:
         yield finding("accesses to local memory (spilled registers)", spills)
 
 
-def with_dynamic_shared(module: Binary, csrc: Path = sync.CSRC) -> Binary:
+def with_dynamic_shared(module: Binary) -> Binary:
     """Asks the sources for what the code does not say. Raises ToolMissing without nvcc."""
-    names = {kernel.name for kernel in module.kernels if expectation(kernel.name).dynamic_shared}
-    size = shared_bytes.dynamic_shared(names, csrc)
+    names = frozenset(kernel.name for kernel in module.kernels if expectation(kernel.name).dynamic_shared)
+    size = shared_bytes.dynamic_shared(names)
     kernels = tuple(replace(kernel, dynamic_shared=size.get(kernel.name, 0)) for kernel in module.kernels)
     return replace(module, kernels=kernels)
 

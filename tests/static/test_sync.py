@@ -41,12 +41,13 @@ def problem(shape: str, dtype: int, layout: int = NHWC, stride: int = 1, groups:
 
 
 DIRECT, MMA = ("conv3x3_direct_kernel",), ("conv3x3_mma_kernel",)
-#: A block each, or two: proofs take seconds then. Blocks that share a sum (direct_split) wait for a counter in memory,
-#: and rounding to 16 bits in fuse_weights branches on values: neither is in reach of a static proof.
+#: A block each, or two: proofs take seconds then. Out of reach of a static proof: blocks that share a sum wait for a
+#: counter in memory (direct_split); rounding to 16 bits branches on values (fuse_weights); `direct` stores 16 bytes at
+#: a time where the address of y allows it, which is unknown, and not asked where extents are no multiples of 4.
 LAUNCHES = (
     Launch("direct", "conv direct " + problem("1 3 3 5 9", FLOAT32, NCHW), DIRECT),
     Launch("direct-nhwc-stride2", "conv direct " + problem("1 3 3 5 9", FLOAT32, stride=2), DIRECT, slow=True),
-    Launch("direct-groups", "conv direct " + problem("1 6 3 5 8", FLOAT32, groups=2), DIRECT, slow=True),
+    Launch("direct-groups", "conv direct " + problem("1 6 3 5 10", FLOAT32, groups=2), DIRECT, slow=True),
     Launch("mma", "conv mma " + problem("1 24 3 5 8", FLOAT16), MMA),
     Launch("mma-bf16-stride2", "conv mma " + problem("1 24 3 5 40", BFLOAT16, stride=2), MMA, slow=True),
     Launch("mma-tf32", "conv mma_tf32 " + problem("1 12 3 5 8", FLOAT32), MMA, slow=True),
@@ -54,6 +55,9 @@ LAUNCHES = (
     Launch("mma-96x7x16-joined", "tile 7 1 " + problem("2 24 2 14 96", FLOAT16), MMA, slow=True),
     Launch("mma-128x4x16-stride2", "tile 9 1 " + problem("1 24 3 5 128", FLOAT16, stride=2), MMA, slow=True),
     Launch("mma-split", "tile 5 2 " + problem("1 48 3 5 32", FLOAT16), (*MMA, "conv3x3_mma_sum_kernel"), slow=True),
+    Launch("stem", "conv stem " + problem("1 3 5 7 8", FLOAT16, NCHW, stride=2), ("conv3x3_stem_kernel",), slow=True),
+    Launch("stem-nhwc", "conv stem " + problem("1 3 5 7 8", BFLOAT16, stride=2), ("conv3x3_stem_kernel",), slow=True),
+    Launch("pack-stem", "pack stem " + problem("1 3 5 7 8", FLOAT16, stride=2), ("pack_stem_kernel",), slow=True),
     Launch("pack", "pack mma " + problem("1 24 3 5 8", FLOAT16), ("pack_weights_kernel",)),
     Launch("fuse", f"fuse 1 3 8 8 {FLOAT32}", ("fuse_weights_kernel",)),
     Launch("fuse-two-blocks", f"fuse 2 3 4 8 {FLOAT32}", ("fuse_weights_kernel",), slow=True),
@@ -75,7 +79,9 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> sync.Program:
     except sass.ToolMissing as missing:
         pytest.skip(str(missing))
     gate = os.environ.get("REPVGG_CUDA_GATE")
-    objects = sorted((Path(gate) / "objects").glob("cuda_*.cu.o")) if gate else []
+    if not gate:
+        pytest.skip("`make cuda-build` builds what this needs (REPVGG_CUDA_GATE is not set)")
+    objects = sorted((Path(gate) / "objects").glob("cuda_*.cu.o"))
     return sync.build(tmp_path_factory.mktemp("sync"), objects)
 
 
@@ -96,16 +102,15 @@ def test_every_kernel_has_a_launch(program: sync.Program) -> None:
 
 
 #: A header, the comment of a barrier in it, a launch that needs the barrier.
-BARRIERS = (
-    ("conv3x3_direct.cuh", "the chunk is complete", "direct"),
-    ("conv3x3_mma.cuh", "the next column is complete", "mma"),
-    ("pack_weights.cuh", "", "pack"),
-    ("fuse_weights.cuh", "", "fuse"),
-)
+BARRIERS = [
+    pytest.param("conv3x3_direct.cuh", "the chunk is complete", "direct", id="direct", marks=pytest.mark.slow),
+    pytest.param("conv3x3_mma.cuh", "the next column is complete", "mma", id="mma", marks=pytest.mark.slow),
+    pytest.param("pack_weights.cuh", "", "pack", id="pack"),
+    pytest.param("fuse_weights.cuh", "", "fuse", id="fuse"),
+]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("header", "comment", "name"), [pytest.param(*row, id=row[2]) for row in BARRIERS])
+@pytest.mark.parametrize(("header", "comment", "name"), BARRIERS)
 def test_missing_barrier_is_found(program: sync.Program, tmp_path: Path, header: str, comment: str, name: str) -> None:
     csrc = Path(shutil.copytree(sync.CSRC, tmp_path / "csrc"))
     path = csrc / "cuda" / header
