@@ -5,6 +5,8 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install --quiet
 SOURCES := setup.py $(wildcard csrc/*/*)
+CPP := $(wildcard csrc/*/* tests/native/* tests/static/*.cpp tests/simt/*.cpp tests/simt/*.h tests/simt/*.cu \
+	tests/simt/cuda/*)
 
 OUT    ?= gpu-check
 
@@ -24,14 +26,14 @@ gpu-check: $(VENV)/.built
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard csrc/*/* tests/native/* tests/static/*.cpp)
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 	$(PY) tests/check_includes.py
 	$(PY) -m mypy
 
 format: $(VENV)/.dev
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/clang-format -i $(wildcard csrc/*/* tests/native/* tests/static/*.cpp)
+	$(VENV)/bin/clang-format -i $(CPP)
 
 # Every default architecture, warnings and register spills are errors; then what the binary holds is checked.
 cuda-build: cuda-objects
