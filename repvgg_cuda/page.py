@@ -85,13 +85,18 @@ def write(run: Run, out: Path) -> list[Path]:
             write_atomically(path, content)
             written.append(path)
     page = out / "report.html"
-    write_text_atomically(
-        page, html(run, {name: (text, image(figures, text)) for name, (text, figures) in drawn.items()})
-    )
+    write_text_atomically(page, whole(run, drawn))
     return [*written, page]
 
 
 Figures = dict[tuple[Theme, bool], Any]
+
+
+def whole(run: Run, drawn: Mapping[str, tuple[str, Figures]] | None = None) -> str:
+    """The page with its pictures in it. ``drawn``: by name, how to read each, and the figures; None: all there are."""
+    if drawn is None:
+        drawn = {name: (text, versions(draw)) for name, text, draw in pictures(run)}
+    return html(run, {name: (text, image(figures, text)) for name, (text, figures) in drawn.items()})
 
 
 def versions(draw: Callable[[Theme], Any]) -> Figures:
