@@ -124,10 +124,10 @@ def error_bound(
     it by u of that type, and half a subnormal step; the result before the bias may have been stored too. ReLU adds
     nothing.
 
-    Tensor cores (:data:`TENSOR_CORES`) multiply exactly, but add the products of a block of at least 8 to the sum so far
-    after cutting all of them off at the unit in the last place of the largest: 9 errors of 2 u for 8 products (Fasi,
-    Higham, Mikaitis, Pranesh, Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science 7:e330, 2021). tf32
-    rounds the weight to 11 bits and cuts x off after 11 before that.
+    Tensor cores (:data:`TENSOR_CORES`) multiply exactly, but add the products of a block of at least 8 to the sum so
+    far after cutting all of them off at the unit in the last place of the largest: 9 errors of 2 u for 8 products
+    (Fasi, Higham, Mikaitis, Pranesh, Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science 7:e330, 2021).
+    tf32 rounds the weight to 11 bits and cuts x off after 11 before that.
 
     Winograd rows (:data:`WINOGRAD`) compute ``A^T [U * (B^T d B)] A`` tile by tile, so their bound is gamma of the
     longest chain of roundings (C_in / groups products; at most pairs + 3 in each of four 1-D transforms; one for U, one

@@ -7,6 +7,7 @@ docs/testing-cuda.md says how to run one kernel, one case, one mutant by hand.
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from simt import harness
+from simt import counts, harness, mutant_table, mutants
 
 from repvgg_cuda import testing
 from repvgg_cuda.testing import Case
@@ -36,6 +37,7 @@ Programs = Callable[[str], dict[str, Path]]
 @pytest.fixture(scope="session")
 def programs() -> Programs:
     """The programs of a mode, compiled when a test first asks for it; build/ keeps what is up to date."""
+    pytest.importorskip("ninja", reason="the programs are compiled by ninja")
     built: dict[str, dict[str, Path]] = {}
 
     def get(mode: str) -> dict[str, Path]:
@@ -69,7 +71,7 @@ def expected_exit(mode: str, expectation: str) -> tuple[int, str] | None:
     return (EXIT["diagnosis"], pattern) if pattern else None
 
 
-@pytest.mark.parametrize("mode", harness.MODES)
+@pytest.mark.parametrize("mode", ["plain", "asan", "tsan"])
 def test_planted_bugs_are_reported(mode: str, programs: Programs) -> None:
     program = programs(mode)["selftest"]
     problems = []
@@ -316,10 +318,10 @@ def ran(lines: dict[tuple[str, str], dict[str, Any]]) -> dict[str, int]:
 
 def test_every_order_of_threads(programs: Programs, record_property: Callable[[str, object], None]) -> None:
     """Every row and dtype, in three orders of threads and two of blocks, ends with the same, right bits."""
-    cases = [*conv_cases(ALL_CASES, 20), *FUSE_CASES]
+    cases = [*conv_cases(ALL_CASES, 14), *FUSE_CASES]
     program = programs("plain")["driver"]
     forward = drive("plain", program, cases, "--schedule", "forward", "--guard", "before", "--reach", "yes")
-    for options in (("backward", "--blocks-at-once", "3"), ("random:1", "--blocks-at-once", "6")):
+    for options in (("backward", "--blocks-at-once", "3"), ("random:1", "--blocks-at-once", "4")):
         other = drive("plain", program, cases, "--schedule", *options)
         assert {key: line.get("bits") for key, line in other.items()} == {
             key: line.get("bits") for key, line in forward.items()
@@ -331,7 +333,7 @@ def test_every_order_of_threads(programs: Programs, record_property: Callable[[s
 
 def tiles() -> list[tuple[int, int, bool, bool]]:
     """Output channels, stride, joined, split of every tile of the tensor-core rows (csrc/cuda/mma_tiles.h)."""
-    text = (build.CSRC / "cuda" / "mma_tiles.h").read_text()
+    text = (harness.CSRC / "cuda" / "mma_tiles.h").read_text()
     rows = [[field.strip() for field in row.split(",")] for row in re.findall(r"^    \{([^}]*)\},", text, re.MULTILINE)]
     return [(16 * int(r[0]) * int(r[1]), int(r[5]), r[6] == "true", r[8] == "true") for r in rows]
 
@@ -365,6 +367,34 @@ def test_every_tensor_core_tile(tile: int, programs: Programs) -> None:
         assert ran(tf32)["mma_tf32"] in (0, 3)  # not every tile is compiled for it
 
 
+#: For the tiles of `direct`, by what one multiprocessor makes of them: whole and ragged, in both layouts and strides.
+DIRECT_CASES = (
+    *("8,3,16,16,64,1,1,nchw,relu,bias", "8,3,15,14,60,1,1,nhwc,relu,bias", "8,12,16,16,128,1,2,nhwc,relu,bias"),
+    *("8,3,16,16,32,1,1,nhwc,relu,bias", "12,3,15,15,31,1,1,nchw,identity,none", "16,3,8,8,64,1,1,nchw,relu,bias"),
+    *("16,3,7,7,62,1,1,nhwc,relu,bias", "8,3,9,17,130,1,1,nhwc,identity,none", "8,3,31,32,64,2,1,nhwc,relu,bias"),
+    *("8,3,30,29,63,2,1,nchw,relu,bias", "8,5,31,32,32,2,1,nchw,relu,bias", "10,3,29,31,30,2,1,nhwc,relu,none"),
+    *("16,3,14,14,64,2,1,nhwc,relu,bias", "16,4,13,14,60,2,1,nchw,relu,bias", "2,5,9,9,9,2,1,nchw,relu,bias"),
+)
+
+
+def test_every_tile_of_direct(programs: Programs) -> None:
+    """All tiles of the menu, for both strides, give the bits of one chain; with slices, the same in every order."""
+    program = programs("plain")["driver"]
+    cases = [case.replace(",n", ",float32,n", 1) for case in DIRECT_CASES]
+    options = ("--multiprocessors", "1", "--blocks-at-once", "3")
+    lines = drive("plain", program, cases, "--algorithm", "direct", *options)
+    assert {line["check"] for line in lines.values()} == {"bits"}
+    tiles = {(case.split(",")[5], *line["tile"]) for (_, case), line in lines.items()}
+    assert tiles == {(s, *tile) for s in "12" for tile in ((64, 8, 16), (32, 8, 16), (64, 8, 8), (16, 8, 8))}
+    split = [
+        drive("plain", program, cases, "--algorithm", "direct_split", *options, "--schedule", schedule)
+        for schedule in ("forward", "backward", "random:9")
+    ]
+    assert {line["split"] for line in split[0].values()} >= {2}
+    bits = [{key: line["bits"] for key, line in each.items()} for each in split]
+    assert bits[0] == bits[1] == bits[2]
+
+
 @pytest.mark.parametrize(("capability", "multiprocessors"), [(75, 40), (86, 4), (90, 132), (120, 170)])
 def test_other_gpus(capability: int, multiprocessors: int, programs: Programs) -> None:
     """What depends on the GPU: copies that are not asynchronous, less shared memory, overlapping launches, tiles."""
@@ -382,3 +412,56 @@ def test_races(programs: Programs) -> None:
     cases = [*conv_cases((*testing.EDGE_CASES[:13], *DEEP_CASES), 8), *FUSE_CASES[:5]]
     options = ("--schedule", "random:3", "--blocks-at-once", "2", "--capability", "90")
     assert all(ran(drive("tsan", programs("tsan")["driver"], cases, *options)).values())
+
+
+#: Cases whose interior is large beside their border.
+COUNTED = {
+    "mma": ("1,32,24,48,128,1,1,float16,nhwc,relu,bias", "2,32,14,14,64,1,1,bfloat16,nhwc,relu,bias"),
+    "direct": ("1,8,32,32,64,1,1,float32,nchw,relu,bias", "1,8,32,32,64,2,1,float32,nhwc,relu,bias"),
+}
+
+
+@pytest.mark.parametrize("row", COUNTED)
+def test_no_bank_conflicts(row: str, programs: Programs) -> None:
+    """Vector accesses of shared memory take the ideal number of wavefronts; tensor cores' global ones, of sectors."""
+    for options in ((), ("--multiprocessors", "1"), ("--capability", "90")):
+        costs = counts.measure(programs("count")["driver"], "--algorithm", row, *options, *COUNTED[row])
+        vectors = [cost for cost in costs if cost.space == "shared" and cost.bytes == 16]
+        assert sum(cost.requests for cost in vectors) > 100
+        found = counts.conflicts(costs)
+        assert not found, "\n".join(map(str, found))
+        if row == "mma":
+            copies = [cost for cost in costs if cost.space == "global" and cost.bytes == 16 and "mma" in cost.kernel]
+            scattered = [cost for cost in copies if cost.cost != cost.ideal]
+            assert copies
+            assert not scattered, "\n".join(map(str, scattered))
+
+
+# ------------------------------------------------------------------------------------------------------------ mutants
+
+
+def test_mutants_are_found_in_the_kernels() -> None:
+    """An entry of the table whose code is gone raises LookupError, which says so."""
+    found = mutants.all_mutants()
+    files = {mutant.file for mutant in found}
+    barriers = sum(
+        len(re.findall(r"__syncthreads\(\);", mutants.code_of(path.read_text())))
+        for path in (harness.CSRC / "cuda").glob("*.cu*")
+        if path.name != "device.cuh"
+    )
+    assert sum(mutant.plants == "no barrier" for mutant in found) == barriers > 0
+    assert {path.name for path in (harness.CSRC / "cuda").glob("*.cuh")} - {"device.cuh"} <= files
+
+
+def test_a_sample_of_mutants_is_reported(programs: Programs) -> None:
+    """All of them: python tests/simt/mutants.py. The sample is of kernels that compile in seconds."""
+    quick = [
+        mutant
+        for mutant in mutants.all_mutants()
+        if mutant.file not in mutant_table.UNITS and mutant.file != "conv3x3_mma.cuh"
+    ]
+    sample = random.Random(20).sample(quick, 6)
+    for mode in harness.MODES:
+        programs(mode)
+    outcomes = mutants.trial(sample)
+    assert all(outcome.as_expected for outcome in outcomes), mutants.table(outcomes)

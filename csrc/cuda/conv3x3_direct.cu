@@ -7,14 +7,15 @@
 #include "core/conv_algo.h"
 #include "cuda/algos.h"
 #include "cuda/conv3x3_direct.cuh"
+#include "cuda/gpu_rates.h"
 
 namespace repvgg::cuda {
 namespace {
 
 constexpr int kTiles = 4;
 constexpr int64_t kMaxGrid = 0x7FFFFFFF;
-constexpr int kMaxSlices = 32, kSchedulers = 4, kUsualMultiprocessors = 80;  // where the GPU is not known
-constexpr int64_t kMaxRow = 1 << 26;                                         // elements: 17 rows are counted in an int
+constexpr int kMaxSlices = 32, kSchedulers = 4;
+constexpr int64_t kMaxRow = 1 << 26;  // elements: 17 rows are counted in an int
 
 // Calls f(traits) with a tile of the menu: rows, columns, channels per thread, threads, stride, and blocks per
 // multiprocessor as registers and the 64 KB of shared memory of sm_75 allow. 64 or 32 output channels; 64 for images
@@ -66,8 +67,8 @@ template <class T>
 double chunk_instructions() {
   constexpr int kMultiplyAdds = T::kChunkC * 9 * T::kThreadK * T::kThreadQ;
   constexpr int kLoads = T::kChunkC * 9 * T::kThreadK / 4 + T::kChunkC * 3 * (T::kStride == 1 ? 3 : 5);
-  const int64_t copies = 6 * ceil_div(T::kHalo, T::kPixelThreads) + 9 * T::kRowsPerThread;
-  return kMultiplyAdds + kLoads + static_cast<double>(copies) + 25;
+  constexpr int kCopies = 5 * T::kListed / T::kPixelThreads + 2 * 9 * T::kRowsPerThread, kLoop = 47;
+  return kMultiplyAdds + kLoads + kCopies + kLoop;
 }
 
 // In instructions of a scheduler, as estimated: what a block does before its first chunk; how long a fence and an
@@ -82,7 +83,7 @@ struct Choice {
 // The tile, and how many slices of the input channels, for which the busiest scheduler has the least to do. All tiles
 // give the same bits, all numbers of slices but 1 others.
 Choice choose(const ConvProblem& prob, const Device& device, bool split) {
-  const int64_t multiprocessors = device.multiprocessors > 0 ? device.multiprocessors : kUsualMultiprocessors;
+  const int64_t multiprocessors = rates_of(device).multiprocessors;
   Choice best = {-1, 1, 0};
   for (int tile = 0; tile < kTiles; ++tile) {
     with_tile(tile, prob.stride, [&](auto traits) {
@@ -124,15 +125,15 @@ Refusal refuse(const ConvProblem& prob, const Device& device, bool split) {
   });
 }
 
-// Unmeasured. F.conv2d is predicted by its floors alone (aten_cost); what these rows issue is counted, and one pass
-// over the output is theirs where F.conv2d's bias and activation take two more.
+// Predicted, not measured: what the busiest scheduler issues, or the bytes of one pass.
 double cost(const ConvProblem& prob, const Device& device, bool split) {
-  constexpr double kLaunch = 4e-6, kFill = 2e-6, kClock = 1.5e9, kBytesPerSecond = 1.2e12;
-  const bool full_rate = device.capability != 75 && device.capability != 80;  // 128 float32 lanes, not 64
-  const double issue = choose(prob, device, split).instructions * (full_rate ? 1 : 2) / kClock;
+  constexpr double kWarp = 32;
+  const GpuRates gpu = rates_of(device);
+  const double clocks = kWarp * kSchedulers / float32_lanes(device);  // of an instruction of a warp
+  const double issue = choose(prob, device, split).instructions * clocks / gpu.hertz;
   const double bytes = 4.0 * static_cast<double>(prob.N * (prob.K * prob.P() * prob.Q() + prob.C * prob.H * prob.W) +
                                                  prob.K * prob.group_C() * 9);
-  return kLaunch + (split ? kFill : 0) + std::max(issue, bytes / kBytesPerSecond);
+  return (split ? 2 : 1) * kLaunchSeconds + std::max(issue, bytes / gpu.memory_bytes);
 }
 
 LaunchPlan plan(const ConvProblem& prob, const Device& device, bool split) {

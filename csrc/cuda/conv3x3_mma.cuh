@@ -90,8 +90,7 @@ __device__ __forceinline__ int conv3x3_mma_swap(int column, int image) {
   return (column - T::kJoinGap * image) >> 2 & 1;
 }
 
-// ------------------------------------------------------------------------------------ producer: copies to shared
-// memory
+// --------------------------------------------------------------------------------- producer: copies to shared memory
 
 // Thread t copies the 16 bytes t, t + kThreads, ... of the halo and of a column of weights.
 template <class T>

@@ -40,4 +40,9 @@ inline GpuRates rates_of(const Device& device) {
   return rates;
 }
 
+// float32 multiply-adds a clock and multiprocessor.
+inline double float32_lanes(const Device& device) {
+  return device.capability == 75 || device.capability == 80 || device.capability == 0 ? 64 : 128;
+}
+
 }  // namespace repvgg::cuda

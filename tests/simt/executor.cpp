@@ -9,6 +9,7 @@
 #include <random>
 #include <span>
 
+#include "counters.h"
 #include "state.h"
 
 namespace simt {
@@ -23,9 +24,9 @@ struct Launch {
   void (*body)(void*) = nullptr;
   void* context = nullptr;
   unsigned next_block = 0;
-  void* start = nullptr;  // acquired by every thread
-  std::vector<void*> before,
-      overlap;  // ends of earlier launches: acquired at the start; where the kernel waits for them
+  void* start = nullptr;       // acquired by every thread
+  std::vector<void*> before;   // ends of earlier launches, acquired at the start
+  std::vector<void*> overlap;  // acquired where the kernel waits for them
   void* end = nullptr;
 } current;
 
@@ -33,7 +34,8 @@ struct Launch {
 std::vector<void*> unfinished;
 std::vector<std::shared_ptr<void>> contexts;
 void* const device_fence = new_object();
-std::vector<std::unique_ptr<Block>> slots;
+std::vector<std::unique_ptr<Block>> all_slots;  // kept from launch to launch, with their threads
+std::span<const std::unique_ptr<Block>> slots;  // of this launch
 std::mt19937_64 generator;
 bool block_ended = false;  // then the driver is next, which starts another one
 size_t last_warp = 0;      // of all warps of all slots, in their order
@@ -50,6 +52,10 @@ std::span<const std::unique_ptr<Thread>> threads_of(const Block& block) {
 
 size_t warps_per_block() { return (current.shape.block + 31) / 32; }
 Warp& warp_at(size_t i) { return *slots[i / warps_per_block()]->warps[i % warps_per_block()]; }
+
+bool same_line(const Where& a, const Where& b) {
+  return a.line() == b.line() && std::strcmp(a.file_name(), b.file_name()) == 0;
+}
 
 bool chance(unsigned one_in) { return generator() % one_in == 0; }
 
@@ -126,8 +132,7 @@ void end_barrier(Block& block) {
   const Thread* first = nullptr;
   for (const auto& thread : threads_of(block)) {
     if (!thread->waits_at_barrier) continue;
-    if (first != nullptr &&
-        (first->where.line() != thread->where.line() || first->where.file_name() != thread->where.file_name())) {
+    if (first != nullptr && !same_line(first->where, thread->where)) {
       running = thread.get();
       diagnose(thread->where, "divergent barriers: thread %u waits at the one in line %u", first->index,
                static_cast<unsigned>(first->where.line()));
@@ -143,23 +148,10 @@ void end_barrier(Block& block) {
     thread->waits_at_barrier = false;
     make_runnable(*thread);
   }
+  for (const auto& warp : block.warps) close_requests(*warp);
   block.waiting = 0;
   ++block.barriers;
   ++totals.barriers;
-}
-
-// Does what the warp has gathered for, once every lane of it that is not gone has arrived.
-bool try_complete(Warp& warp, unsigned i) {
-  Gathering& done = *warp.gatherings[i];
-  if ((done.mask & warp.alive & ~done.arrived) != 0) return false;
-  if (done.what->aligned && done.arrived != 0xFFFFFFFFu) {
-    diagnose(done.where, "%s by lanes %08x only: it takes the whole warp", done.what->name, done.arrived);
-  }
-  std::swap(warp.gatherings[i], warp.gatherings[--warp.open]);
-  if (done.what->run != nullptr) done.what->run(done.lanes, done.arrived, done.where);
-  warp.runnable |= done.arrived;
-  ++totals.collectives;
-  return true;
 }
 
 LaneOrder& order_of(Warp& warp, uint32_t mask, Where where) {
@@ -171,6 +163,22 @@ LaneOrder& order_of(Warp& warp, uint32_t mask, Where where) {
     return order;
   }
   diagnose(where, "more than 8 different masks of __syncwarp in a warp");
+}
+
+// Does what the warp has gathered for, once every lane of it that is not gone has arrived.
+bool try_complete(Warp& warp, unsigned i) {
+  Gathering& done = *warp.gatherings[i];
+  if ((done.mask & warp.alive & ~done.arrived) != 0) return false;
+  if (done.what->aligned && done.arrived != 0xFFFFFFFFu) {
+    diagnose(done.where, "%s by lanes %08x only: it takes the whole warp", done.what->name, done.arrived);
+  }
+  std::swap(warp.gatherings[i], warp.gatherings[--warp.open]);
+  if (done.what->run != nullptr) done.what->run(done.lanes, done.arrived, done.where);
+  if (done.what->orders) ++order_of(warp, done.mask, done.where).turn;
+  if (done.arrived == warp.alive) close_requests(warp);
+  warp.runnable |= done.arrived;
+  ++totals.collectives;
+  return true;
 }
 
 void end_thread() {
@@ -186,6 +194,7 @@ void end_thread() {
   warp.runnable &= ~(1u << thread.lane);
   --block.alive;
   block_ended = block_ended || block.alive == 0;
+  if (warp.alive == 0) close_requests(warp);
   if (block.alive > 0 && block.waiting == block.alive) end_barrier(block);
   for (unsigned i = 0; i < warp.open;) i += try_complete(warp, i) ? 0 : 1;
 }
@@ -267,6 +276,8 @@ void run_grid() {
 
 }  // namespace
 
+const char* kernel_name() { return current.name; }
+
 void diagnose(Where where, const char* format, ...) {
   std::fflush(stdout);
   std::fprintf(stderr, "simt: ");
@@ -301,11 +312,10 @@ const char* launch(const char* name, Shape shape, void (*body)(void*), std::shar
   launches.push_back({name, shape.grid, shape.block, 0});
   generator.seed(schedule.seed);
   last_warp = 0;
-  slots.resize(std::min(std::max(schedule.blocks_at_once, 1u), shape.grid));
-  for (auto& slot : slots) {
-    if (slot == nullptr) slot = std::make_unique<Block>();
-    prepare_slot(*slot);
-  }
+  const size_t count = std::min(std::max(schedule.blocks_at_once, 1u), shape.grid);
+  while (all_slots.size() < count) all_slots.push_back(std::make_unique<Block>());
+  slots = std::span(all_slots).first(count);
+  for (const auto& slot : slots) prepare_slot(*slot);
   run_grid();
   ++totals.launches;
   return nullptr;
@@ -349,10 +359,7 @@ void collective(const Collective& what, uint32_t mask, void* lane, Where where) 
   for (; i < warp.open; ++i) {
     const Gathering& other = *warp.gatherings[i];
     if (other.what != &what || other.mask != mask) continue;
-    if (!what.aligned ||
-        (other.where.line() == where.line() && std::strcmp(other.where.file_name(), where.file_name()) == 0)) {
-      break;
-    }
+    if (!what.aligned || same_line(other.where, where)) break;
   }
   Gathering& mine = *warp.gatherings[i];
   if (i == warp.open) {
@@ -371,7 +378,7 @@ void collective(const Collective& what, uint32_t mask, void* lane, Where where) 
   mine.arrived |= me;
   mine.lanes[thread.lane] = lane;
   warp.runnable &= ~me;
-  if (try_complete(warp, i) && what.orders) ++order_of(warp, mask, where).turn;
+  try_complete(warp, i);
   wait_for_turn();
   if (what.orders) acquire(object);
 }

@@ -46,6 +46,8 @@ MODES = {
         ("-fsanitize=thread",),
         (("TSAN_OPTIONS", f"exitcode=66:history_size=4:atexit_sleep_ms=0:{_FORMAT}"),),
     ),
+    # The hooks of -fsanitize=thread without its library: counters.cpp has them. Code at fixed addresses, for addr2line.
+    "count": Mode(("-O1", "-fsanitize=thread", "-fno-pie", "-DSIMT_COUNT"), "SIMT_COUNT", ("-no-pie",)),
 }
 
 
@@ -87,8 +89,9 @@ def write_ninja(folder: Path, mode: str, programs: dict[str, Sequence[Path]], cs
         for kind in ("kernel", "executor")
     ]
     lines.append(f"rule link\n  command = {link_command(mode)} $in -o $out")
-    objects = [f"{name}.executor.o" for name in EXECUTOR]
-    lines += [f"build {target}: executor {SIMT / name}.cpp" for target, name in zip(objects, EXECUTOR, strict=True)]
+    parts = [*EXECUTOR, "counters"] if mode == "count" else EXECUTOR
+    objects = [f"{name}.executor.o" for name in parts]
+    lines += [f"build {target}: executor {SIMT / name}.cpp" for target, name in zip(objects, parts, strict=True)]
     seen = set()
     for program, sources in programs.items():
         own = [object_name(source) for source in sources]
@@ -104,7 +107,7 @@ def programs_of(csrc: Path = CSRC) -> dict[str, Sequence[Path]]:
     """The sources of every program, without the executor's."""
     kernels = sorted((csrc / "cuda").glob("*.cu"))
     return {
-        "driver": [SIMT / "driver.cpp", *kernels],
+        "driver": [*(SIMT / name for name in ("driver.cpp", "driver_conv.cpp", "driver_fold.cpp")), *kernels],
         "probes": [SIMT / "probes.cu"],
         "selftest": [SIMT / "selftest.cu"],
     }

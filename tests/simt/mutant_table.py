@@ -109,8 +109,7 @@ LISTED = (
         MMA,
         "return (column - T::kJoinGap * image) >> 2 & 1;",
         "return 0;",
-        "no swap of halves",
-        "producer and consumer agree: slower, not wrong; the counters show it",
+        "no swap of halves: bank conflicts",
     ),
     Listed(
         MMA, "(half ^ conv3x3_mma_swap<T>(column, image)) * 16", "half * 16", "halves are swapped by the producer only"

@@ -29,7 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from simt import harness, mutant_table
+from simt import counts, harness, mutant_table
 
 ROOT = harness.SIMT.parent.parent
 BASE = ROOT / "build" / "simt"
@@ -132,7 +132,8 @@ def _listed() -> Iterator[Mutant]:
 class Bench:
     """The base builds, whose objects mutants share."""
 
-    def __init__(self) -> None:
+    def __init__(self, modes: Sequence[str]) -> None:
+        self.modes = modes
         self._includes: dict[str, dict[str, str]] = {}
 
     def prepare(self, mode: str) -> None:
@@ -188,55 +189,64 @@ class Bench:
         return Outcome(mutant, caught, detail, time.monotonic() - start)
 
     def _judge(self, mutant: Mutant, folder: Path) -> tuple[str, str]:
-        for mode, orders in CHECKS:
+        for mode in self.modes:
             try:
                 program = self.compile(mode, mutant, folder)
             except subprocess.CalledProcessError as error:
                 raise RuntimeError(f"{mutant.name}: does not compile\n{error.output}") from error
-            for order in orders:
+            for order in CHECKS[mode]:
                 for options, cases in mutant_table.runs(mutant.file):
                     try:
                         result = harness.run(mode, program, *shlex.split(order), *options, *cases, timeout=300)
                     except subprocess.TimeoutExpired:
                         return "timeout", f"{mode}, {order}"
-                    if result.returncode != 0:
-                        return verdict(mode, result), f"{order} {' '.join(options)}".strip()
+                    if found := verdict(mode, program, result):
+                        return found, f"{order} {' '.join(options)}".strip()
         return "", ""
 
 
 #: In this order: the cheap ones first. The first that reports ends the trial.
-CHECKS = (
-    (
-        "plain",
-        (
-            "--schedule forward --reach yes",
-            "--schedule backward --blocks-at-once 3",
-            "--schedule random:5 --blocks-at-once 4",
-        ),
+CHECKS = {
+    "plain": (
+        "--schedule forward --reach yes",
+        "--schedule backward --blocks-at-once 3",
+        "--schedule random:5 --blocks-at-once 4",
     ),
-    ("tsan", ("--schedule random:6 --blocks-at-once 2 --capability 90",)),
-    ("asan", ("--schedule forward", "--schedule forward --guard before")),
-)
+    "tsan": ("--schedule random:6 --blocks-at-once 2 --capability 90",),
+    "asan": ("--schedule forward", "--schedule forward --guard before"),
+    "count": ("--schedule forward",),
+}
 
 
-def verdict(mode: str, result: subprocess.CompletedProcess[str]) -> str:
-    """What the exit status of a driver says."""
+def verdict(mode: str, program: Path, result: subprocess.CompletedProcess[str]) -> str:
+    """Which checker reported, by the exit status of a driver and what it counted; "" if none did."""
+    if result.returncode == 0:
+        found = counts.conflicts(counts.parse(program, result.stdout)) if mode == "count" else []
+        return f"counters: bank conflicts, {found[0].place}" if found else ""
     if result.returncode == 4:
         return "executor: " + result.stderr.split("simt: ", 1)[-1].splitlines()[0][:60]
     names = {1: "wrong result", 3: "guard page", 65: "AddressSanitizer, UBSan", 66: "ThreadSanitizer"}
     return names.get(result.returncode, f"exit status {result.returncode}")
 
 
-def check_clean(bench: Bench, files: Sequence[str]) -> None:
+def check_clean(files: Sequence[str], modes: Sequence[str]) -> None:
     """The kernels as they are pass what the mutants have to fail."""
+    done = set()
     for file in files:
-        for mode, orders in CHECKS:
-            for order in orders:
+        for mode in modes:
+            program = BASE / mode / "driver"
+            for order in CHECKS[mode]:
                 for options, cases in mutant_table.runs(file):
-                    result = harness.run(mode, BASE / mode / "driver", *shlex.split(order), *options, *cases)
-                    if result.returncode != 0:
-                        command = f"{mode} {order} {' '.join([*options, *cases])}"
-                        raise RuntimeError(f"{file} without a mutant: {command}\n{result.stdout}{result.stderr}")
+                    arguments = (*shlex.split(order), *options, *cases)
+                    if (mode, arguments) in done:
+                        continue
+                    done.add((mode, arguments))
+                    result = harness.run(mode, program, *arguments)
+                    if found := verdict(mode, program, result):
+                        command = f"{program} {' '.join(arguments)}"
+                        raise RuntimeError(
+                            f"{file} without a mutant: {found}\n{command}\n{result.stdout}{result.stderr}"
+                        )
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
@@ -261,12 +271,12 @@ def table(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def trial(mutants: Sequence[Mutant], jobs: int = 2) -> list[Outcome]:
-    """Judges the mutants, after the clean kernels have passed."""
-    bench = Bench()
-    for mode, _ in CHECKS:
+def trial(mutants: Sequence[Mutant], modes: Sequence[str] = tuple(CHECKS), jobs: int = 2) -> list[Outcome]:
+    """Judges the mutants by the checks of these builds, after the clean kernels have passed them."""
+    bench = Bench(modes)
+    for mode in modes:
         bench.prepare(mode)
-    check_clean(bench, sorted({mutant.file for mutant in mutants}))
+    check_clean(sorted({mutant.file for mutant in mutants}), modes)
     outcomes = []
     with ThreadPoolExecutor(jobs) as pool:
         for outcome in pool.map(bench.judge, mutants):
@@ -281,6 +291,7 @@ def main() -> int:
     parser.add_argument("--only", metavar="WORD", help="mutants whose name contains this")
     parser.add_argument("--sample", type=int, metavar="N")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--modes", nargs="+", choices=CHECKS, default=list(CHECKS), help="default: all four")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--list", action="store_true")
     arguments = parser.parse_args()
@@ -293,7 +304,7 @@ def main() -> int:
         for mutant in mutants:
             print(mutant.name + (f" (equivalent: {mutant.equivalent})" if mutant.equivalent else ""))
         return 0
-    outcomes = trial(mutants, arguments.jobs)
+    outcomes = trial(mutants, arguments.modes, arguments.jobs)
     print(table(outcomes))
     return not all(outcome.as_expected for outcome in outcomes)
 

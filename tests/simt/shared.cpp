@@ -2,6 +2,7 @@
 // Shared memory and asynchronous copies.
 #include <cstdio>
 
+#include "counters.h"
 #include "state.h"
 
 namespace simt {
@@ -97,10 +98,16 @@ char* Window::dynamic(Where where) {
   diagnose(where, "dynamic shared memory, but the launch asked for none");
 }
 
-uint32_t Window::offset(const void* pointer, Where where) const {
+bool Window::contains(const void* pointer, uint32_t* offset) const {
   const auto* byte = static_cast<const char*>(pointer);
-  if (byte < base_ || byte >= base_ + kWindow) diagnose(where, "the pointer is not into the block's shared memory");
-  return static_cast<uint32_t>(byte - base_);
+  *offset = static_cast<uint32_t>(byte - base_);
+  return byte >= base_ && byte < base_ + kWindow;
+}
+
+uint32_t Window::offset(const void* pointer, Where where) const {
+  uint32_t offset = 0;
+  if (!contains(pointer, &offset)) diagnose(where, "the pointer is not into the block's shared memory");
+  return offset;
 }
 
 char* Window::pointer(uint32_t address, unsigned bytes, Where where) const {
@@ -159,8 +166,10 @@ void commit_copies() { ++running->group; }
 bool next_covered_copy(int pending, Copy* copy) {
   Thread& thread = *running;
   if (thread.copies.empty() || thread.copies.front().group + static_cast<uint64_t>(pending) >= thread.group) {
+    pause_counting(false);
     return false;
   }
+  pause_counting(true);  // the copy was counted when it was started
   *copy = thread.copies.front();
   thread.copies.erase(thread.copies.begin());
   return true;

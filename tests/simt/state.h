@@ -70,6 +70,7 @@ class Window {
   uint32_t offset(const void* pointer, Where where) const;
   char* pointer(uint32_t address, unsigned bytes, Where where) const;
   size_t bytes() const;  // of all arrays
+  bool contains(const void* pointer, uint32_t* offset) const;
   // "byte 1028 of tile_x (1024 bytes)"
   void describe(uint32_t address, char* text, size_t size) const;
 
@@ -93,6 +94,7 @@ struct Block {
 };
 
 extern Thread* running;  // nullptr: the driver
+const char* kernel_name();
 
 // Lets others run until this thread is runnable again.
 void wait_for_turn();
