@@ -293,6 +293,7 @@ DEEP_CASES = (
     Case("deep", 2, 96, 8, 16, 72, stride=2),
     Case("deep-g2", 1, 128, 10, 9, 96, groups=2),
     Case("virtual-rows", 5, 32, 14, 14, 32),
+    Case("stem", 1, 3, 17, 18, 24, stride=2),
 )
 ALL_CASES = (*testing.EDGE_CASES, *DEEP_CASES, *testing.REPVGG_LAYERS)
 
