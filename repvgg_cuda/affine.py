@@ -121,9 +121,16 @@ def average_pool(channels: int, size: Pair, stride: Pair, padding: Pair, device:
 # ---------------------------------------------------------------------------------------------------------- composition
 
 
+def _per_channel(f: Affine, constant: Tensor) -> Tensor:
+    """A constant as one number per output channel of ``f``."""
+    if constant.numel() not in (1, f.out_channels):
+        raise UnfoldableError(f"a constant of {constant.numel()} numbers meets {f.out_channels} channels")
+    return constant.detach().to(f.bias).reshape(-1).expand(f.out_channels)
+
+
 def scaled(f: Affine, scale: Tensor, roundings: int = 2) -> Affine:
     """``scale * f(x)``, with one number per channel or one for all."""
-    factor = scale.detach().to(f.bias).reshape(-1).expand(f.out_channels)
+    factor = _per_channel(f, scale)
     columns = factor.reshape(-1, 1, 1, 1)
     return replace(
         f,
@@ -138,7 +145,7 @@ def scaled(f: Affine, scale: Tensor, roundings: int = 2) -> Affine:
 
 def shifted(f: Affine, shift: Tensor) -> Affine:
     """``f(x) + shift``, with one number per channel or one for all."""
-    value = shift.detach().to(f.bias).reshape(-1).expand(f.out_channels)
+    value = _per_channel(f, shift)
     return replace(
         f,
         bias=f.bias + value,

@@ -54,11 +54,6 @@ class Block:
         return tuple(layer for layer in self.layers if layer.kind == "conv")
 
     @property
-    def modules(self) -> tuple[str, ...]:
-        """The paths of the modules that it consists of."""
-        return tuple(dict.fromkeys(str(node.target) for node in self.nodes if node.op == "call_module"))
-
-    @property
     def module_ids(self) -> list[int]:
         paths = [str(node.target) for node in self.nodes if node.op == "call_module"]
         return [id(self.traced.module.get_submodule(path)) for path in paths]
@@ -114,14 +109,28 @@ def find_blocks(traced: Traced, elsewhere: Collection[int] = (), *, chains: bool
 def matching_sum(traced: Traced, block: Block) -> tuple[Node, list[Node]] | None:
     """``block``, found in the graph of a larger module, in the graph of one that holds it: its root, and its nodes."""
     finder = _Finder(traced, ())
-    wanted = block.module_ids
-    for node, layer in finder.layers.items():
-        found = finder.sum_at(node) if layer.kind == "sum" else None
-        if found is not None and len(found[1]) == len(block.nodes):
-            called = [traced.module.get_submodule(str(each.target)) for each in found[1] if each.op == "call_module"]
-            if wanted == [id(module) for module in called]:
-                return found
+    wanted = _signature(block.traced, block.layers)
+    for node in finder.layers:
+        for root, nodes in finder.sums_at(node):
+            if _signature(traced, [finder.layers[each] for each in nodes]) == wanted:
+                return root, nodes
     return None
+
+
+def _signature(traced: Traced, layers: Sequence[Layer]) -> list[tuple[object, ...]]:
+    """What tells blocks of one model apart: their operations and, by id, the modules and tensors they use."""
+
+    def used(node: Node) -> list[int]:
+        own = [] if node.op in ("call_function", "call_method") else [id(attribute(traced.module, str(node.target)))]
+        return own
+
+    def constants(node: Node) -> list[int]:
+        return used(node) + [i for each in node.all_input_nodes for i in constants(each)]
+
+    return [
+        (layer.kind, layer.node.op, *used(layer.node), *(i for each in layer.constants for i in constants(each)))
+        for layer in layers
+    ]
 
 
 class _Finder:
@@ -139,18 +148,16 @@ class _Finder:
     def find(self, chains: bool) -> list[Block]:
         blocks: list[Block] = []
         for node in reversed(self.traced.graph.nodes):
-            found = None if node in self.taken else self.sum_at(node)
-            if found is None:
-                continue
-            block = self._block(*found, is_chain=False)
-            if not block.reason:
-                self.taken.update(block.nodes)
-            elif any(block.out in outer.nodes for outer in blocks):
-                continue  # a part of one that was refused: said once
-            blocks.append(block)
+            found = [] if node in self.taken else self.sums_at(node)
+            for root, nodes in found:
+                block = self._block(root, nodes, is_chain=False)
+                if not block.reason or not any(block.out in outer.nodes for outer in blocks):
+                    blocks.append(block)  # but a part of one that was refused: that is said once
+                if not block.reason:
+                    self.taken.update(nodes)
+                    break
         if chains:
-            found_chains = (self._chain(node) for node in self.traced.graph.nodes)
-            blocks += [chain for chain in found_chains if chain is not None]
+            blocks += [chain for node in self.traced.graph.nodes for chain in self._chains(node)]
         return sorted(blocks, key=lambda block: self.order[block.out])
 
     # -------------------------------------------------------------------------------------------------------- analysis
@@ -172,7 +179,7 @@ class _Finder:
             layer = self.layers.get(node)
             first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
             in_place = first is not None and self._changes_input(node)
-            aliases = in_place or (layer is not None and layer.kind in ("pass", "hooks"))
+            aliases = in_place or _is_view(node) or (layer is not None and layer.kind in ("pass", "hooks"))
             base[node] = base[first] if aliases and first is not None else node
             if in_place and first is not None:
                 mutations.setdefault(base[first], []).append(node)
@@ -187,7 +194,8 @@ class _Finder:
             return name.endswith("_") and not name.startswith("_")
         in_place_operator = getattr(node.target, "__module__", "") == "_operator" and name.startswith("i")
         is_word = name in ("is_", "is_not", "index", "inv", "invert", "itemgetter", "indexOf")
-        return (in_place_operator and not is_word) or name.endswith("_") or node.kwargs.get("inplace") is True
+        flagged = node.kwargs.get("inplace") is True or any(each is True for each in node.args[1:])  # relu(x, True)
+        return (in_place_operator and not is_word) or name.endswith("_") or flagged
 
     def _interior(self, root: Node, out: Node) -> list[Node]:
         """The nodes between ``root`` and ``out``, in order, ``out`` included."""
@@ -201,29 +209,33 @@ class _Finder:
 
     # ----------------------------------------------------------------------------------------------------------- sums
 
-    def sum_at(self, node: Node) -> tuple[Node, list[Node]] | None:
-        """If ``node`` adds branches of one tensor: that tensor, and the nodes of the whole block."""
+    def sums_at(self, node: Node) -> list[tuple[Node, list[Node]]]:
+        """If ``node`` adds branches of one tensor: that tensor, and the nodes of the block.
+
+        First the largest block, then those with less of what follows.
+        """
         layer = self.layers.get(node)
         if layer is None or layer.kind != "sum":
-            return None
+            return []
         common = frozenset.intersection(*(self.roots[each] for each in layer.inputs))
         if not common:
-            return None
+            return []
         root = max(common, key=self.order.__getitem__)
-        nodes = self._interior(root, self._extended(node, root))
-        return (root, nodes) if any(self.layers[each].kind == "conv" for each in nodes) else None
+        interiors = (self._interior(root, out) for out in reversed(self._extensions(node, root)))
+        return [(root, nodes) for nodes in interiors if any(self.layers[each].kind == "conv" for each in nodes)]
 
-    def _extended(self, out: Node, root: Node) -> Node:
-        """The last of the BatchNorms, scales and sums that follow ``out`` and still depend on ``root`` alone."""
-        last = out
+    def _extensions(self, out: Node, root: Node) -> list[Node]:
+        """``out``, and the BatchNorms, scales and sums that follow it and still depend on ``root`` alone."""
+        outs = [out]
         while len(out.users) == 1:
             user = next(iter(out.users))
             layer = self.layers.get(user)
             if layer is None or layer.kind not in ("bn", "scale", "sum", "pass") or root not in self.roots[user]:
                 break
             out = user
-            last = out if layer.kind != "pass" else last
-        return last
+            if layer.kind != "pass":
+                outs.append(out)
+        return outs
 
     def _block(self, root: Node, nodes: Sequence[Node], *, is_chain: bool) -> Block:
         layers = tuple(self.layers[node] for node in nodes)
@@ -291,21 +303,21 @@ class _Finder:
 
     # --------------------------------------------------------------------------------------------------------- chains
 
-    def _chain(self, node: Node) -> Block | None:
-        """A convolution module, and the BatchNorms directly behind and before it."""
+    def _chains(self, node: Node) -> list[Block]:
+        """A convolution module with the BatchNorms directly behind and before it; without those where inexact."""
         layer = self.layers.get(node)
         if node in self.taken or layer is None or layer.kind != "conv" or node.op != "call_module":
-            return None
+            return []
         behind = self._batchnorms_behind(node)
         before = self._batchnorms_before(node)
-        if not behind and not before:
-            return None
-        chain = [*before, node, *behind]
-        block = self._block(self.layers[chain[0]].inputs[0], chain, is_chain=True)
-        if before and behind and block.reason:  # perhaps it is the one before that cannot be folded
-            chain = chain[len(before) :]
-            block = self._block(self.layers[chain[0]].inputs[0], chain, is_chain=True)
-        return block
+        chains = [[*before, node, *behind], [node, *behind]] if before and behind else [[*before, node, *behind]]
+        blocks: list[Block] = []
+        for chain in chains:
+            if len(chain) > 1 and (not blocks or blocks[-1].reason):
+                blocks.append(self._block(self.layers[chain[0]].inputs[0], chain, is_chain=True))
+        if len(blocks) == 2 and blocks[1].reason:
+            return blocks[:1]  # it is not for what stands before
+        return blocks
 
     def _batchnorms_behind(self, node: Node) -> list[Node]:
         chain: list[Node] = []
@@ -333,6 +345,18 @@ class _Finder:
             last = len(chain) if layer.kind == "bn" else last
         follows_conv = layer is not None and layer.kind == "conv" and len(node.users) == 1
         return [] if follows_conv else chain[:last][::-1]
+
+
+def _is_view(node: Node) -> bool:
+    """Whether ``node`` may share the memory of its first argument."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op in ("call_function", "call_method") and name in _VIEWS
+
+
+_VIEWS = frozenset(
+    "chunk contiguous detach diagonal expand flatten getitem movedim narrow permute reshape select split squeeze t "
+    "transpose unbind unflatten unsqueeze view view_as".split()
+)
 
 
 def _is_constant_of(node: Node, nodes: Sequence[Node]) -> bool:

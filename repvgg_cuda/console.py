@@ -28,8 +28,9 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = str(error)
-        raise (error if text.startswith(f"{path}: ") else RuntimeError(f"{path}: {text}")) from error
+        if str(error).startswith(f"{path}: "):
+            raise
+        raise RuntimeError(f"{path}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -308,7 +308,8 @@ def absorb_relus(model: nn.Module) -> None:
             conv, relu = _called(traced, node), _called(traced, _reader(traced, node))
             if not isinstance(conv, RepConv3x3) or type(relu) is not nn.ReLU or conv.activation != "identity":
                 continue
-            if all(traced.calls[id(m)] == 1 and id(m) not in region.elsewhere for m in (conv, relu)):
+            once = all(traced.calls[id(m)] == 1 and id(m) not in region.elsewhere for m in (conv, relu))
+            if once and not has_hooks(relu):
                 conv.activation = "relu"
                 replaced[id(relu)] = nn.Identity().train(relu.training)
     replace_modules(model, replaced)

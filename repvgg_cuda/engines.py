@@ -161,11 +161,13 @@ def mnn(workload: Workload) -> Run:
         module = neural.load_module_from_file(str(model), ["x"], ["y"], runtime_manager=runtime)
     images = workload.x.contiguous().numpy()
 
+    kept: list[Any] = [engine, runtime, module, None]
+
     def run() -> Any:
         variable = expr.const(images, list(images.shape), expr.NCHW)
-        return expr.convert(module.forward([variable])[0], expr.NCHW).read()
+        kept[-1] = expr.convert(module.forward([variable])[0], expr.NCHW)  # what read() returns lies in it
+        return kept[-1].read()
 
-    run.keep = (engine, runtime, module)  # type: ignore[attr-defined]
     return run
 
 

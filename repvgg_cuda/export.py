@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental import _config as export_config
 from torch.utils._sympy.numbers import int_oo
 
 from repvgg_cuda import checkpoint, demo, ops
@@ -71,10 +72,9 @@ def _program(
     if dynamic:
         free = {axis: torch.export.Dim.DYNAMIC for axis in (0, 2, 3)}
         shapes = tuple(dict(free) if each.dim() == 4 else {} for each in args)
-        # A batch of one would be taken for a constant.
-        args = tuple(torch.cat([each, each]) if each.dim() == 4 and len(each) == 1 else each for each in args)
     try:
-        with torch.no_grad():
+        # Else a batch of one, and a feature map of one row or column, are taken for constants of the model.
+        with torch.no_grad(), export_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
             program = torch.export.export(model, args, dynamic_shapes=shapes)
     except Exception as error:  # torch has many, each of many lines
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -86,14 +86,12 @@ def _program(
 
 
 def _require_any_size(program: torch.export.ExportedProgram) -> None:
-    """Where a map of the example has a single row or column, torch.export takes that for a constant of the model: the
-    graph then holds up to some input size, and ONNX would not even say so."""
+    """A size that the graph does not hold for is an error of torch.export.load, but not of ONNX: it is asked here."""
     limits = [int(limit.upper) for limit in program.range_constraints.values() if limit.upper != int_oo]
     require(
         not limits,
-        f"export: with this example the graph would hold for at most {min(limits, default=0)} rows or columns: "
-        "one of its feature maps has a single row or column, which is taken for a constant; give a larger example, or "
-        "dynamic=False (--fixed)",
+        f"export: the graph of this model would hold for at most {min(limits, default=0)} rows or columns; a larger "
+        "example may help, and dynamic=False (--fixed) takes the size of the example for good",
     )
 
 

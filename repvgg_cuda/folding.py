@@ -95,12 +95,15 @@ def plan(
 ) -> StatePlan:
     """Plans :func:`repvgg_cuda.fuse_state_dict`; of ``state``, whose tensors may be on the meta device, only shapes and
     dtypes are looked at. Raises RuntimeError as it does, but for values."""
-    require(
-        eps is None or 0 <= eps < math.inf, f"eps must be a finite number of at least 0, got {eps:g}" if eps else ""
-    )
+    if eps is not None:
+        require(0 <= eps < math.inf, f"eps must be a finite number of at least 0, got {eps:g}")
     require(target is None or target in ZOOS, f"there is no zoo '{target}'; the names are {', '.join(ZOOS)}")
     found = recognise(list(state), source=source)
     zoo, to = found.zoo, ZOOS[target or found.zoo.name]
+    require(
+        eps is None or (fold and found.form == "train"),
+        f"eps is that of BatchNorms to be folded, and nothing is folded here: leave it out, got {eps}",
+    )
     folds: dict[str, Fold] = {}
     if fold:
         require(
@@ -108,7 +111,7 @@ def plan(
             "the checkpoint is already in deploy form: there is nothing to fold",
         )
         folds = _folds(state, found, zoo.eps if eps is None else eps)
-    rename = Renamer(_family(state, found, to), zoo.name, to.name)
+    rename = Renamer(_family(state, found), zoo.name, to.name)
     outputs, dropped = _outputs(state, folds, rename)
     notes, warnings = _remarks(found, dropped, eps if folds else None, bool(folds))
     after = sum(math.prod(out.shape) for out in outputs if not out.key.endswith(_STATISTICS))
@@ -149,12 +152,8 @@ def _remarks(
     """Notes and warnings."""
     zoo, notes, warnings = found.zoo, [], []
     if folded:
-        taken = (
-            f"BatchNorm eps {zoo.eps:g}, with which {zoo.title} trains"
-            if eps is None
-            else f"BatchNorm eps {eps:g}, as given"
-        )
-        notes.append(f"{taken}; a state_dict does not carry it")
+        taken = f"{zoo.eps:g}, with which {zoo.title} trains" if eps is None else f"{eps:g}, as given"
+        notes.append(f"BatchNorm eps {taken}; a state_dict does not carry it")
     if dropped:
         heads = sorted({key[: key.index("_aux.")] + "_aux" for key in dropped})
         notes.append(f"dropped the auxiliary heads {', '.join(heads)}, which serve training only")
@@ -170,8 +169,8 @@ def _remarks(
     return tuple(notes), tuple(warnings)
 
 
-def _family(state: Mapping[str, Tensor], found: Recognised, target: Zoo) -> str | None:
-    """ "RepVGG", "MobileOne" or None, for renaming. Folded blocks of the two look alike but for 1x1 kernels."""
+def _family(state: Mapping[str, Tensor], found: Recognised) -> str | None:
+    """For renaming: "RepVGG", "MobileOne" or None. Folded blocks of the two look alike but for 1x1 kernels."""
     if found.form == "train":
         names = {block.name for block in found.blocks.values() if not block.companion}
         names = {name.removesuffix(" block").removeprefix("QA") for name in names}

@@ -131,6 +131,7 @@ class LaunchPlan:
     images: int
     split: int
     blocks_per_sm: int
+    converts: int = 0  # tensors that are converted between NCHW and channels_last around the launch
 
     def resident(self, capability: int) -> int:
         """How many of its blocks a multiprocessor holds at a time: threads, shared memory and registers allow it."""
@@ -151,4 +152,7 @@ class LaunchPlan:
         """``1568 blocks of 128 threads, tile 16x8x32`` (channels, rows, columns)"""
         text = f"{self.blocks} blocks of {self.threads} threads, tile {self.tile_k}x{self.tile_p}x{self.tile_q}"
         text += f" over {self.images} images" if self.images > 1 else ""
-        return text + (f", {self.split} blocks per sum" if self.split > 1 else "")
+        text += f", {self.split} blocks per sum" if self.split > 1 else ""
+        return text + {0: "", 1: ", y converted from channels_last"}.get(
+            self.converts, ", x converted to channels_last, y from it"
+        )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from repvgg_cuda import charts, environment, tables
 from repvgg_cuda.charts import DARK, LIGHT, Theme
@@ -75,23 +75,25 @@ def write(run: Run, out: Path) -> list[Path]:
         raise RuntimeError("the record holds no row with a time; nothing to draw")
     out.mkdir(parents=True, exist_ok=True)
     written = []
-    drawn = {name: (text, versions(draw)) for name, text, draw in pictures(run)}
-    for name, (_, figures) in drawn.items():
-        figure = figures[LIGHT, False]
-        for path, content in (
-            (out / f"{name}.svg", charts.render(figure, "svg", LIGHT)),
-            (out / f"{name}.png", charts.render(figure, "png", LIGHT)),
-        ):
-            write_atomically(path, content)
+    images = {}
+    for name, text, draw in pictures(run):
+        figures = versions(draw)
+        images[name] = (text, image(figures, text))
+        for kind in KINDS:
+            path = out / f"{name}.{kind}"
+            write_atomically(path, charts.render(figures[LIGHT, False], kind, LIGHT))
             written.append(path)
     page = out / "report.html"
-    write_text_atomically(
-        page, html(run, {name: (text, image(figures, text)) for name, (text, figures) in drawn.items()})
-    )
+    write_text_atomically(page, html(run, images))
     return [*written, page]
 
 
 Figures = dict[tuple[Theme, bool], Any]
+
+
+def whole(run: Run) -> str:
+    """The page with every picture there is."""
+    return html(run, {name: (text, image(versions(draw), text)) for name, text, draw in pictures(run)})
 
 
 def versions(draw: Callable[[Theme], Any]) -> Figures:
@@ -103,6 +105,9 @@ def versions(draw: Callable[[Theme], Any]) -> Figures:
     }
 
 
+#: Of the files beside the page.
+KINDS: tuple[Literal["svg", "png"], ...] = ("svg", "png")
+
 Picture = tuple[str, str, Callable[[Theme], Any]]
 
 
@@ -112,7 +117,8 @@ def pictures(run: Run) -> list[Picture]:
     for suite, cases in by_suite(run).items():
         single = [rows for rows in cases if rows[0].caches == "warm" and rows[0].batch == min_batch(cases)]
         if charts.drawable(single):
-            found.append((f"speedup-{suite}", speedup_text(single), partial(charts.speedups, single)))
+            text = speedup_text(single, again=bool(found))
+            found.append((f"speedup-{suite}", text, partial(charts.speedups, single)))
     warm = [rows for rows in run.by_case().values() if rows[0].caches == "warm"]
     # The ceilings are those of the first run's threads.
     threads = run.environment.get("threads")
@@ -146,10 +152,13 @@ ROOFLINE_TEXT = (
 BATCH_TEXT = "How the time of one image changes when several are computed together. Lower is better."
 
 
-def speedup_text(cases: Sequence[Sequence[Row]]) -> str:
+def speedup_text(cases: Sequence[Sequence[Row]], *, again: bool = False) -> str:
+    """How to read the picture; in short where it stands below another one of its kind."""
     firsts = {rows[0].candidate for rows in cases}
     first = cases[0][0].candidate if len(firsts) == 1 else "the branches before fusion"
     batch = cases[0][0].batch
+    if again:
+        return f"As above: how many times as fast as {first} each way is, at batch {batch}; longer is better."
     text = (
         f"How many times as fast as {first} each way is, at batch {batch}; longer is better. Of each kind the fastest "
         f"variant is shown. The thin line on a bar is the {100 * LEVEL:.0f} % interval, and a ~ before the number says "
@@ -166,8 +175,14 @@ def speedup_text(cases: Sequence[Sequence[Row]]) -> str:
 # --------------------------------------------------------------------------------------------------------------- HTML
 
 
-def html(run: Run, images: Mapping[str, tuple[str, str]]) -> str:
-    """The page. ``images``: by name, how to read each picture, and the picture."""
+def html(run: Run, images: Mapping[str, tuple[str, str]] | None = None) -> str:
+    """The page.
+
+    Args:
+        images: by name, how to read each picture, and the picture; None: they are drawn here.
+    """
+    if images is None:
+        images = {name: (text, image(versions(draw), text)) for name, text, draw in pictures(run)}
     record = run.environment
     title = f"repvgg_cuda on {environment.machine(record)}"
     parts = [f"<h1>{escape(title)}</h1>", f"<p class=muted>{escape(subtitle(run))}</p>"]

@@ -60,8 +60,8 @@ class Report:
 
     ``entries``: one per block, in the order of execution. ``dropped``: training-only parts that were removed.
     ``notes``: what could not be looked into, with the reason. ``parameters_before`` and ``parameters_after`` count the
-    whole model. ``denormals_flushed``: whether denormal weights were set to zero. ``preparation``, ``verification``: the summaries
-    of those steps, where they were taken.
+    whole model. ``denormals_flushed``: whether denormal weights were set to zero. ``preparation``, ``verification``:
+    the summaries of those steps, where they were taken.
     """
 
     entries: tuple[Entry, ...]

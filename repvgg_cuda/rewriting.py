@@ -152,7 +152,7 @@ def slot_names(module: nn.Module, count: int) -> list[str]:
 
 
 #: Names under which a deployed convolution stands in a block.
-DEPLOYED_NAMES = frozenset(slot for _, slot in _SLOTS)
+DEPLOYED_NAMES = (*dict.fromkeys(slot for _, slot in _SLOTS), "reparam")
 
 
 # ------------------------------------------------------------------------------------------------------------ the plan
@@ -187,15 +187,21 @@ def plan_rewrite(
             raise UnfoldableError(f"its sum is not found again in the {type(owner).__name__} that holds it")
         found.append(place)
     consumed: set[int] = set()
+    replaced: dict[Node, Node] = {}
     for (block, name, _), (root, nodes) in zip(blocks, found, strict=True):
         consumed.update(id(tensor) for tensor in _tensors_of(traced, nodes))
         consumed.update(block.module_ids)
         with traced.graph.inserting_before(nodes[-1]):
-            call = traced.graph.call_module(name, (root,))
+            call = traced.graph.call_module(name, (replaced.get(root, root),))
+        replaced[nodes[-1]] = call  # it may be the root of the next block
         nodes[-1].replace_all_uses_with(call)
         for node in reversed(nodes):
             traced.graph.erase_node(node)
     _drop_unused_constants(traced.graph)
+    try:
+        _class_with(owner, traced.graph)  # now: once something is replaced, nothing must fail
+    except Exception as error:  # arguments that cannot be written down
+        raise UnfoldableError(f"no forward can be generated for {type(owner).__name__}: {error}") from error
     return Rewrite(owner, within, traced.graph, {name: conv for _, name, conv in blocks}, frozenset(consumed))
 
 
@@ -219,8 +225,7 @@ def install(rewrite: Rewrite) -> None:
         owner.graph = graph
     elif not _computes(owner, graph, rewrite.within):
         vars(owner).pop("forward", None)
-        base: Any = type(owner)
-        owner.__class__ = _rewritten_class(base, *_source(graph))
+        owner.__class__ = _class_with(owner, graph)
 
 
 def _remove_branches(owner: nn.Module, graph: fx.Graph, consumed: frozenset[int]) -> None:
@@ -282,6 +287,11 @@ def _listing(graph: fx.Graph) -> list[Any]:
 # ---------------------------------------------------------------------------------------------------- generated forward
 
 Globals = tuple[tuple[str, bool, Any], ...]  # name, whether a module, the object or the module's name
+
+
+def _class_with(owner: nn.Module, graph: fx.Graph) -> type[nn.Module]:
+    base: Any = type(owner)
+    return _rewritten_class(base, *_source(graph))
 
 
 def _source(graph: fx.Graph) -> tuple[str, Globals]:

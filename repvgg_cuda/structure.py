@@ -149,14 +149,9 @@ def _join(path: str, name: str) -> str:
 BRANCH_NAMES = {"rbr_dense": "3x3", "rbr_1x1": "1x1", "rbr_identity": "id"}
 
 
-def branch_names(block: nn.Module) -> str:
-    """The branches that a block has, as "3x3+1x1+id"; "" if it has none under the official names."""
-    return "+".join(name for attribute, name in BRANCH_NAMES.items() if block._modules.get(attribute) is not None)
-
-
 def has_branches(module: nn.Module) -> bool:
     """True for what looks like a multi-branch block: two or more branches under the official names."""
-    return "+" in branch_names(module)
+    return sum(module._modules.get(name) is not None for name in BRANCH_NAMES) > 1
 
 
 def read_branches(block: nn.Module, path: str = "") -> tuple[Branches, int]:
@@ -209,15 +204,12 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def refuse_hooks(block: nn.Module, path: str = "", *, itself: bool = False) -> None:
-    """Raises UnfoldableError if a submodule of ``block`` (or ``itself``) has hooks, which would be lost with it.
+def refuse_hooks(block: nn.Module, path: str = "") -> None:
+    """Raises UnfoldableError if a submodule of ``block`` has hooks, which would be lost with it.
 
     Pruning and the old weight_norm and spectral_norm are such hooks: they compute the weight at each forward. SE stays
     as it is, with its hooks.
     """
     for name, module in block.named_modules():
-        if name.split(".")[0] in ("se", "post_se"):
-            continue
-        if has_hooks(module) and (name or itself):
-            where = _join(path, name) if name else path or "the block"
-            raise UnfoldableError(f"{where} has hooks, which folding would lose; remove them first")
+        if name and name.split(".")[0] not in ("se", "post_se") and has_hooks(module):
+            raise UnfoldableError(f"{_join(path, name)} has hooks, which folding would lose; remove them first")

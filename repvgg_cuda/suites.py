@@ -14,15 +14,15 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from repvgg_cuda import baselines, checks, networks, reference, testing
 from repvgg_cuda.baselines import CHANNELS_LAST, CUDA_GRAPH, THREE_BRANCHES, Baseline, Workload
-from repvgg_cuda.branches import BatchNorm, Branch, Branches
-from repvgg_cuda.checks import Check, Truth, check_close
+from repvgg_cuda.branches import Branch, Branches
+from repvgg_cuda.checks import Truth
 from repvgg_cuda.comparison import Candidate, Work
 from repvgg_cuda.devices import CpuDevice, CudaDevice, Device, DryRunDevice
+from repvgg_cuda.folds import fold_candidates
 from repvgg_cuda.modules import RepConv3x3
 from repvgg_cuda.networks import OWN_PREFIX
 from repvgg_cuda.ops import Activation, ChainLayer, algorithms, conv3x3, fuse_weights, prepack, refusal
@@ -30,9 +30,6 @@ from repvgg_cuda.timing import Run
 
 #: The (in_channels, out_channels, groups) of RepVGG blocks whose weights the fusion suite folds.
 FUSION_BLOCKS = ((48, 48, 1), (192, 192, 1), (512, 512, 4), (512, 512, 1), (512, 2048, 1))
-
-#: The row of this library's fold.
-FUSE_WEIGHTS = "fuse_weights"
 
 #: The networks of the models suite, unless the user names others: always, and in a full run.
 DEFAULT_MODELS = ("digits", "RepVGG-A0")
@@ -290,7 +287,7 @@ def layer_case(setup: Setup, case: testing.Case) -> Case:
         ]
         return Built(candidates, work_of_layer(case, setup.dtype))
 
-    return Case(str(case), build, case.N)
+    return Case(str(case), build, case.N, case.name)
 
 
 def fusion_suite(setup: Setup) -> Cases:
@@ -298,63 +295,12 @@ def fusion_suite(setup: Setup) -> Cases:
 
     def build(c_in: int, c_out: int, groups: int) -> Built:
         branches = block_to(testing.random_branches(c_in, c_out, groups), setup.device, torch.float32)
-        return Built(_fusion_candidates(branches, setup.dtype))
+        return Built(fold_candidates(branches, setup.dtype))
 
     return [
         Case(f"fold-{c_in}-{c_out}" + (f"g{groups}" if groups > 1 else ""), partial(build, c_in, c_out, groups))
         for c_in, c_out, groups in (FUSION_BLOCKS[:2] if setup.quick else FUSION_BLOCKS)
     ]
-
-
-def _fusion_candidates(branches: Branches, dtype: torch.dtype) -> list[Candidate]:
-    like = branches.tensors()[0]
-    square = branches.in_channels == branches.out_channels
-    identity = reference.identity_kernel(branches.in_channels, branches.groups, like) if square else None
-    want, once = reference.fold_fp64(branches), testing.fold_bound(branches, dtype)
-    # Step by step in float32 every operation rounds, not only the last: as many as fold_bound counts for float64.
-    roundings = 2 * (6 + len(branches.parts))
-    always = [a + roundings * b for a, b in zip(once, testing.fold_bound(branches, torch.float32), strict=True)]
-    return [
-        Candidate(
-            "step by step in PyTorch",
-            lambda: fold_step_by_step(branches, identity, dtype),
-            _check_fold(want, always, dtype),
-        ),
-        Candidate(FUSE_WEIGHTS, lambda: fuse_weights(branches, dtype=dtype), _check_fold(want, once, dtype), own=True),
-    ]
-
-
-def fold_step_by_step(branches: Branches, identity: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The fold as a user writes it, in the dtype of the branches: BatchNorm into each kernel, each kernel to 3x3, add.
-
-    ``identity`` is the identity's 3x3 kernel, prepared once, as implementations cache it.
-    """
-
-    def fold(part: Branch) -> tuple[Tensor, Tensor]:
-        kernel, bn = identity if part.kernel is None else part.kernel, part.bn
-        assert kernel is not None
-        assert isinstance(bn, BatchNorm)
-        assert bn.weight is not None
-        assert bn.bias is not None
-        scale = bn.weight / (bn.var + bn.eps).sqrt()
-        kernel = kernel * scale.reshape(-1, 1, 1, 1)
-        return F.pad(kernel, [1, 1, 1, 1]) if kernel.shape[2] == 1 else kernel, bn.bias - bn.mean * scale
-
-    weight, bias = fold(branches.parts[0])
-    for part in branches.parts[1:]:
-        kernel, shift = fold(part)
-        weight, bias = weight + kernel, bias + shift
-    return weight.to(dtype), bias.to(dtype)
-
-
-def _check_fold(want: tuple[Tensor, Tensor], bounds: Sequence[Tensor], dtype: torch.dtype) -> Check:
-    def check(folded: tuple[Tensor, Tensor]) -> str:
-        for what, got, truth, bound in zip(("weight", "bias"), folded, want, bounds, strict=True):
-            if problem := check_close(truth, bound, dtype)(got):
-                return f"{what}: {problem}"
-        return ""
-
-    return check
 
 
 # ---------------------------------------------------------------------------------------------------------- networks
@@ -377,7 +323,7 @@ def chains_suite(setup: Setup) -> Cases:
 
     def build(channels: int, size: int, batch: int) -> Built:
         work = chain_workload(setup, channels, size, batch)
-        truth = checks.network_truth(work.deployed, work.deployed, work.x)
+        truth = checks.network_truth(work.deployed, work.deployed, work.x, tf32=setup.tf32)
         return Built(list(network_rows(setup, work, truth)), networks.work_of(work.deployed, work.x))
 
     return [
@@ -410,7 +356,7 @@ def network_case(setup: Setup, name: str, batch: int, size: tuple[int, int] | No
         trained, x = networks.build_model(name, setup.device, setup.dtype, batch, size)
         deployed = networks.deploy(trained)
         work = networks.workload(trained, deployed, x, setup.target)
-        truth = checks.network_truth(trained, deployed, x)
+        truth = checks.network_truth(trained, deployed, x, tf32=setup.tf32)
         return Built(list(network_rows(setup, work, truth)), networks.work_of(deployed, x))
 
     shape = networks.input_shape(name, batch, size)

@@ -50,7 +50,7 @@ class UntraceableError(Exception):
 
 
 def is_layer(module: nn.Module) -> bool:
-    """Whether ``module`` is an operation of its own: a layer of torch.nn, or one that is read as a BatchNorm."""
+    """Whether ``module`` is an operation of its own: a layer of torch.nn, one that is read as such, or ours."""
     in_torch = type(module).__module__.startswith(("torch.nn.", "torch.ao.")) and not isinstance(module, nn.Sequential)
     return in_torch or is_plain_conv(module) or is_batchnorm(module) or type(module).__name__ == "RepConv3x3"
 
@@ -127,7 +127,8 @@ class _Tracer(fx.Tracer):
                 continue
             value = self.create_proxy("placeholder", parameter.name, (parameter.default,), {})
             self.create_proxy("call_function", require_default, (value, parameter.default, parameter.name), {})
-            args.append(parameter.default)
+            if parameter.kind is not parameter.KEYWORD_ONLY:
+                args.append(parameter.default)
         own = vars(self.root).get("forward")  # set on the instance
         return root_fn if own is None else lambda _, *given: own(*given), args
 

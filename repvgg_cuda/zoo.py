@@ -282,7 +282,15 @@ ZOOS: Mapping[str, Zoo] = {
             strided=r"(?:.*\.)?stage(?:0|[1-4]\.0)",
             unit_stride=r"(?:.*\.)?stage[1-4]\.[1-9]\d*",
         ),
-        Zoo("qarepvgg", "QARepVGG", 1e-5, (QAREPVGG, REPVGG), network=r"(?!)", **_OFFICIAL_NAMES, same_channels=True),
+        Zoo(
+            "qarepvgg",
+            "QARepVGG",
+            1e-5,
+            (QAREPVGG, REPVGG),
+            network=r"(?:.*\.)?stage(?:0|[1-4]\.\d+)\.bn\.running_mean",
+            **_OFFICIAL_NAMES,
+            same_channels=True,
+        ),
         Zoo(
             "yolov6",
             "YOLOv6",
@@ -307,7 +315,7 @@ ZOOS: Mapping[str, Zoo] = {
             (REPVIT_MIXER, CONV_BN_REPVIT),
             network=r"(?:.*\.)?(?:features|stages\.\d+\.blocks)\.\d+\.(?:token|channel)_mixer\..+",
         ),
-        Zoo("repghost", "RepGhost", 1e-5, (REPGHOST,), network=r"(?!)"),
+        Zoo("repghost", "RepGhost", 1e-5, (REPGHOST,), network=r"(?:.*\.)?ghost[12]\.fusion_bn\..+"),
     )
 }
 

@@ -30,7 +30,7 @@ LAYERS = [
     {"modules", "prepared", "rewriting", "block_folds", "folding", "proving"},
     {"models", "preparation", "runs", "convert", "baselines", "engines"},
     {"verification", "layer_errors", "state_dict", "checkpoint", "digits", "gpu_model", "deployment", "unfusion"},
-    {"checks", "networks", "suites"},
+    {"checks", "networks", "folds", "suites"},
     {"runner", "charts", "page"},
     {"benchmarking"},
     {"gpu_stages", "gpu_report"},

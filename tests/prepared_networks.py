@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import repvgg_cuda
 from repvgg_cuda import RepConv3x3
 from repvgg_cuda.models import RepVGG, RepVGGplus
-from repvgg_cuda.suites import randomise_
+from repvgg_cuda.networks import randomise_
 
 
 def images(batch: int = 2, height: int = 33, width: int = 17, channels: int = 3) -> Tensor:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
 import stat
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from repvgg_cuda import testing
 from repvgg_cuda.branches import Branches
 from repvgg_cuda.checkpoint import (
+    convert_file,
     form_of,
     fuse_state_dict,
     load_into,
@@ -30,6 +33,7 @@ from repvgg_cuda.checkpoint import (
 from repvgg_cuda.models import RepVGG, RepVGGplus, create_model
 from repvgg_cuda.modules import RepVGGBlock
 from repvgg_cuda.reference import fold_fp64
+from repvgg_cuda.tensor_files import SafetensorsReader
 from repvgg_cuda.verification import verify
 
 State = dict[str, Tensor]
@@ -600,6 +604,65 @@ def test_permission_denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("builtins.open", raise_on_call(PermissionError(13, "Permission denied", "the temporary name")))
     text = error_text(lambda: save_state_dict_file(train_state(), tmp_path / "model.pth"), PermissionError)
     assert text == f"[Errno 13] Permission denied: '{tmp_path / 'model.pth'}'"
+
+
+# ----------------------------------------------------------------------------------------------------- file to file
+
+
+@pytest.mark.parametrize("target", [".safetensors", ".pth"])
+@pytest.mark.parametrize("source", [".safetensors", ".pth"])
+def test_files_are_converted_as_state_dicts_are(tmp_path: Path, source: str, target: str) -> None:
+    state = {"module." + key: value for key, value in train_state().items()}
+    path = tmp_path / f"in{source}"
+    torch.save({"model": state}, path) if source == ".pth" else safetensors.torch.save_file(state, path)
+    report = convert_file(path, tmp_path / f"out{target}")
+    assert_same(load_state_dict_file(tmp_path / f"out{target}"), deploy_state())
+    assert "removed the prefix 'module.' from every key" in report.notes
+    assert (report.blocks, report.parameters_after) == (("stage0", "stage1.0"), parameter_count(deploy_state()))
+
+
+def test_written_files_are_those_of_the_library(tmp_path: Path) -> None:
+    """Odd sizes of narrow dtypes between wide ones: each tensor must lie where its dtype may."""
+    state: State = {
+        f"{prefix}{key}": value for prefix in ("a.", "b.") for key, value in train_state(torch.bfloat16).items()
+    }
+    state |= {"c.flag": torch.tensor([True, False, True]), "c.half": torch.ones(3).half(), "c.none": torch.empty(0, 4)}
+    state |= {
+        "c.byte": torch.tensor(7, dtype=torch.uint8),
+        "d.count": torch.tensor(2**40),
+        "d.wide": torch.ones(5).double(),
+    }
+    safetensors.torch.save_file(state, tmp_path / "in.safetensors")
+    convert_file(tmp_path / "in.safetensors", tmp_path / "out.safetensors")
+    assert_same(safetensors.torch.load_file(tmp_path / "out.safetensors"), convert_state_dict(state))
+    header = json.loads((tmp_path / "out.safetensors").read_bytes()[8:].partition(b"}}")[0] + b"}}")
+    sizes = {"F64": 8, "I64": 8, "F32": 4, "BF16": 2, "F16": 2, "U8": 1, "BOOL": 1}
+    del header["__metadata__"]
+    assert all(entry["data_offsets"][0] % sizes[entry["dtype"]] == 0 for entry in header.values())
+
+
+def test_safetensors_are_converted_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of twelve blocks, at most one is in memory when the next is begun."""
+    state: State = {}
+    for i in range(12):
+        state |= block_state(f"stage3.{i + 1}.", testing.random_branches(8, 8, seed=i))
+    safetensors.torch.save_file(state, tmp_path / "in.safetensors")
+    loaded: list[weakref.ref[Tensor]] = []
+    load = SafetensorsReader.load
+
+    def load_and_watch(self: SafetensorsReader, key: str) -> Tensor:
+        tensor = load(self, key)
+        loaded.append(weakref.ref(tensor))
+        return tensor
+
+    monkeypatch.setattr(SafetensorsReader, "load", load_and_watch)
+    monkeypatch.setattr("repvgg_cuda.tensor_files._REOPEN_AFTER", 1000)  # the file is opened anew, many times
+    alive: list[int] = []
+    on_block = lambda block: alive.append(sum(ref() is not None for ref in loaded))  # noqa: E731
+    convert_file(tmp_path / "in.safetensors", tmp_path / "out.safetensors", on_block=on_block)
+    assert len(alive) == 12
+    assert max(alive) <= len(state) // 12
+    assert_same(load_state_dict_file(tmp_path / "out.safetensors"), convert_state_dict(state))
 
 
 # ---------------------------------------------------------------------------------------------- models of this package

@@ -19,7 +19,7 @@ from torch.nn.utils import prune
 from repvgg_cuda import RepConv3x3, RepVGGBlock, create_model, reparameterize, testing, verify
 from repvgg_cuda.models import RepVGG, RepVGGplus
 from repvgg_cuda.modules import RepVGGplusBlock, SEBlock
-from repvgg_cuda.suites import randomise_
+from repvgg_cuda.networks import randomise_
 
 
 def tiny(**kwargs: Any) -> Any:

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from foreign_blocks import ConvBN, ManyBranches, Mixer, Net, PostNormed, Residual
 from torch import Tensor, nn
 
 from repvgg_cuda import RepConv3x3, deploy, verify
-from repvgg_cuda.suites import randomise_
+from repvgg_cuda.networks import randomise_
 from repvgg_cuda.verification import Row
 
 
@@ -418,3 +419,143 @@ def test_verification_rows_name_their_convolution(net: tuple[Any, Any, Any]) -> 
     trained, deployed, report = net
     rows: tuple[Row, ...] = verify(trained, deployed, images()).rows
     assert [row.conv for row in rows[:-1]] == [entry.conv for entry in report.fused]
+
+
+def test_traced_models_convert(net: tuple[Any, Any, Any]) -> None:
+    """The graph of a GraphModule is its class: it is replaced."""
+    traced = torch.fx.symbolic_trace(net[0]).eval()
+    deployed, report = deploy(traced, images(), strict=True)
+    assert [entry.branches for entry in report.fused] == [entry.branches for entry in net[2].fused]
+    torch.testing.assert_close(copy.deepcopy(deployed)(images()), net[0](images()), rtol=1e-4, atol=1e-4)
+
+
+class Broadcast(nn.Module):
+    """One channel times a constant of several: no convolution has such a scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 1, 3, padding=1), nn.Conv2d(3, 3, 1)
+        self.gamma = nn.Parameter(torch.ones(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * self.gamma + self.b(x)
+
+
+def test_broadcasts_are_left() -> None:
+    with pytest.warns(UserWarning, match="a constant of 3 numbers meets 1 channels"):
+        deploy(Broadcast().eval(), images())
+
+
+class Rows(nn.Module):
+    """Two blocks in one forward, one reading the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = ConvBN(3, 3, 3), ConvBN(3, 3, 1)
+        self.c, self.d = ConvBN(3, 3, 3), ConvBN(3, 3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x) + self.b(x)
+        return self.c(y) + self.d(y) + y
+
+
+def test_blocks_in_one_forward() -> None:
+    deployed, report = deploy(randomise_(Rows()).eval(), images(), strict=True)
+    assert [entry.conv for entry in report.fused] == ["reparam", "reparam_1"]
+    assert set(dict(deployed.named_children())) == {"reparam", "reparam_1"}
+
+
+class Functional(nn.Module):
+    """Two blocks of functions that differ in their parameters only, and options that take no part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([torch.randn(3, 3, 3, 3) for _ in range(2)])
+        self.small = nn.ParameterList([torch.randn(3, 3, 1, 1) for _ in range(2)])
+        self.bias = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor, *, scale: float = 1.0) -> Tensor:
+        for weight, small in zip(self.weights, self.small, strict=True):
+            x = F.relu(F.conv2d(x, weight, self.bias, padding=1) + F.conv2d(x, small) + x, True)
+        return x * scale
+
+
+def test_functions_fold() -> None:
+    torch.manual_seed(0)
+    trained = Functional().eval()
+    with pytest.warns(UserWarning, match="bias is also used outside of the sum"):
+        deploy(trained, images())  # the bias is shared
+    trained.bias = None
+    deployed, report = deploy(trained, images(), strict=True)
+    assert [entry.branches for entry in report.fused] == ["3x3+1x1+id"] * 2
+    assert set(deployed.state_dict()) == {
+        f"{name}.{kind}" for name in ("reparam", "reparam_1") for kind in ("weight", "bias")
+    }
+    torch.testing.assert_close(deployed(images()), trained(images()), rtol=1e-4, atol=1e-3)
+    with pytest.raises(RuntimeError, match=r"scale must be 1\.0: the module was converted for its default"):
+        deployed(images(), scale=2.0)
+
+
+class PartlyFoldable(nn.Module):
+    """The first two terms fold, the third does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = ConvBN(3, 3, 3), ConvBN(3, 3, 1)
+        self.pool = nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x) + self.pool(x)
+
+
+def test_what_folds_of_a_larger_sum_is_folded() -> None:
+    with pytest.warns(UserWarning, match="cannot fold 1 block: .*pool does not count its padding"):
+        deployed, report = deploy(randomise_(PartlyFoldable()).eval(), images())
+    assert [(entry.branches, entry.status) for entry in report.entries] == [
+        ("3x3+1x1", "fused"),
+        ("3x3+1x1+avg3x3", "left"),
+    ]
+    assert set(dict(deployed.named_children())) == {"reparam", "pool"}
+
+
+def test_batchnorm_before_a_convolution() -> None:
+    """It folds into a 1x1; into a padded 3x3 it does not, whatever stands behind."""
+    exact = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    deployed, report = deploy(randomise_(exact).eval(), images(), strict=True)
+    assert [(entry.path, entry.kind) for entry in report.fused] == [("1", "chain")]
+    assert [type(module) for module in deployed] == [nn.Identity, nn.Conv2d, nn.Identity]
+    padded = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4))
+    with pytest.warns(UserWarning, match="1: a 3x3 kernel pads with zeros what a 1x1 layer with a bias or BatchNorm"):
+        deployed, report = deploy(randomise_(padded).eval(), images())
+    assert [(entry.path, entry.status) for entry in report.entries] == [("1", "left"), ("1", "fused")]
+    assert [type(module) for module in deployed] == [nn.BatchNorm2d, RepConv3x3, nn.Identity]
+
+
+class ViewChanged(nn.Module):
+    """A view of the input is changed in place between the branches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * x.mean()
+        y = self.a(x)
+        x[:, :1].mul_(2)
+        return y + self.b(x)
+
+
+def test_changes_through_views_are_seen() -> None:
+    with pytest.warns(UserWarning, match="changed in place before all branches have read it"):
+        deploy(randomise_(ViewChanged()).eval(), images())
+
+
+def test_hooks_on_a_relu_are_kept() -> None:
+    model = randomise_(nn.Sequential(ConvBN(3, 4, 3), nn.ReLU())).eval()
+    calls: list[int] = []
+    model[1].register_forward_hook(lambda *args: calls.append(1))
+    deployed = deploy(model, images(), strict=True).model
+    calls.clear()
+    deployed(images())
+    assert calls == [1]
+    assert deployed[0].conv.activation == "identity"

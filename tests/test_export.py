@@ -24,7 +24,7 @@ from repvgg_cuda.verification import NETWORK_FACTOR
 
 #: Small, with every feature of the family: groups, SE, strides.
 OPTIONS: dict[str, Any] = {"num_classes": 7, "width_multiplier": [0.25, 0.25, 0.25, 0.25]}
-SIZES = [(2, 40, 48), (1, 33, 65), (5, 64, 32)]
+SIZES = [(2, 40, 48), (1, 33, 65), (5, 64, 32), (1, 32, 32)]
 
 
 def network(**options: Any) -> nn.Module:
@@ -61,6 +61,24 @@ class Layers(nn.Module):
 def layers() -> nn.Module:
     torch.manual_seed(0)
     return Layers().eval()
+
+
+class Block(nn.Module):
+    """A user's own, with branches of which this package knows nothing but what they compute."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.wide = nn.Conv2d(channels, channels, 3, padding=1)
+        self.narrow = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.wide(x) + self.narrow(x) + x)
+
+
+def own_model() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), Block(8), Block(8))
+    return repvgg_cuda.deploy(timm_models.randomised(model), images(1, 32, 32))[0].eval()
 
 
 def images(n: int, height: int, width: int) -> Tensor:
@@ -103,13 +121,15 @@ def onnx_results(path: Path, sizes: list[tuple[int, int, int]]) -> tuple[Any, di
 
 
 @pytest.mark.parametrize(
-    "make", [network, layers, lambda: network(use_se=True, width_multiplier=[0.5] * 4)], ids=["network", "layers", "se"]
+    "make",
+    [network, layers, own_model, lambda: network(use_se=True, width_multiplier=[0.5] * 4)],
+    ids=["network", "layers", "own model", "se"],
 )
 def test_onnx_runs_in_onnxruntime_at_every_size(tmp_path: Path, make: Callable[[], nn.Module]) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
     model = make()
-    exported = export.export_onnx(model, images(1, 64, 64), tmp_path / "model.onnx")
+    exported = export.export_onnx(model, images(1, 32, 32), tmp_path / "model.onnx")
     session, results = onnx_results(exported.path, SIZES)
     assert [type(axis) for axis in session.get_inputs()[0].shape] == [str, int, str, str]
     assert_as_accurate(model, results)
@@ -246,11 +266,16 @@ def test_bad_arguments(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
-def test_example_that_hides_the_size_is_refused(tmp_path: Path) -> None:
-    """At 32 x 32 the last stage is a single pixel, which torch.export takes for a constant without a word."""
-    text = error_text(lambda: export.export_pt2(network(), images(1, 32, 48), tmp_path / "m.pt2"))
-    assert "the graph would hold for at most 32 rows or columns" in text
-    export.export_pt2(network(), images(1, 32, 48), tmp_path / "m.pt2", dynamic=False)
+class UpTo32(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        torch._check(x.shape[2] <= 32)
+        return x[:, :, ::2]
+
+
+def test_graph_for_some_sizes_only_is_refused(tmp_path: Path) -> None:
+    text = error_text(lambda: export.export_pt2(UpTo32().eval(), images(1, 32, 48), tmp_path / "m.pt2"))
+    assert "the graph of this model would hold for at most 32 rows or columns" in text
+    export.export_pt2(UpTo32().eval(), images(1, 32, 48), tmp_path / "m.pt2", dynamic=False)
 
 
 class DataDependent(nn.Module):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from repvgg_cuda import RepVGGBlock, create_model, deploy, reparameterize, verify
 from repvgg_cuda.models import RepVGGplus
 from repvgg_cuda.modules import SEBlock
-from repvgg_cuda.suites import randomise_
+from repvgg_cuda.networks import randomise_
 
 
 class Block(nn.Module):

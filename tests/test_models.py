@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from repvgg_cuda import create_model, model_names, reparameterize
 from repvgg_cuda.models import CONFIGS, RepVGG, RepVGGplus
 from repvgg_cuda.modules import RepVGGBlock
-from repvgg_cuda.suites import randomise_
+from repvgg_cuda.networks import randomise_
 
 #: Parameters and state_dict entries in train form and in deploy form, counted on the official code; blocks, and how
 #: many of them have an identity branch.

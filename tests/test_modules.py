@@ -14,8 +14,8 @@ from torch.nn.utils import prune
 
 from repvgg_cuda import RepConv3x3, RepVGGBlock, testing
 from repvgg_cuda.modules import RepVGGplusBlock, SEBlock
+from repvgg_cuda.networks import randomise_
 from repvgg_cuda.structure import UnfoldableError, batchnorm_of, conv_geometry, read_branches
-from repvgg_cuda.suites import randomise_
 
 #: in_channels, out_channels, stride, groups: identity or not, stem, stride 2, groups up to depthwise.
 GEOMETRIES = [

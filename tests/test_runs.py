@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 import repvgg_cuda
 from repvgg_cuda import RepVGGBlock
 from repvgg_cuda.models import RepVGG, RepVGGplus
-from repvgg_cuda.suites import randomise_
+from repvgg_cuda.networks import randomise_
 
 # ----------------------------------------------------------------------------------------------------- runs of blocks
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from repvgg_cuda import RepVGGBlock, create_model, reparameterize, testing, verify
 from repvgg_cuda.models import RepVGG, RepVGGplus
-from repvgg_cuda.suites import randomise_
+from repvgg_cuda.networks import randomise_
 from repvgg_cuda.verification import NETWORK_FACTOR, Verification
 
 

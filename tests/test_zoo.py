@@ -289,6 +289,13 @@ def test_network_that_is_nobodys_gets_a_warning_unless_eps_is_given(prefix: str)
     assert fuse_state_dict(official("backbone.stage2.3."), eps=None).report.warnings == ()
 
 
+def test_eps_without_a_fold_is_refused() -> None:
+    state = family_state("RepVGG", "timm")
+    for given, options in ((state, {"fold": False}), (fuse_state_dict(state).state, {"target": "official"})):
+        text = error_text(lambda given=given, options=options: fuse_state_dict(given, eps=1e-3, **options))  # type: ignore[misc]
+        assert "eps is that of BatchNorms to be folded, and nothing is folded here" in text
+
+
 def test_ultralytics_must_be_named() -> None:
     state = network("Ultralytics").state_dict()
     text = error_text(lambda: fuse_state_dict(state))

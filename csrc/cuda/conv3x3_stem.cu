@@ -27,8 +27,8 @@ Refusal refuse(const ConvProblem& prob, const Device& device) {
   if (prob.stride != 2) return "stride must be 2";
   if (prob.C > 3) return "in_channels must be at most 3";
   if (prob.K % 8 != 0) return "out_channels must be a multiple of 8";
-  if (device.present && device.capability < 75) return "needs a GPU of compute capability 7.5 or later";
-  if (device.present && device.capability < 80 && prob.dtype == DType::kBFloat16) {
+  if (device.capability > 0 && device.capability < 75) return "needs a GPU of compute capability 7.5 or later";
+  if (device.capability > 0 && device.capability < 80 && prob.dtype == DType::kBFloat16) {
     return "bfloat16 needs a GPU of compute capability 8.0 or later";
   }
   if (prob.N > 1 << 30 || prob.H > 1 << 28 || prob.W > 1 << 28 || prob.K > 1 << 24) return "an extent is too large";

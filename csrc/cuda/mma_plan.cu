@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
-// The model: a block's time for a chunk of channels is the longest of what its products take on the tensor cores, its
-// reads and copies in shared memory, its copies from L2. Blocks share the multiprocessors evenly, the fullest one
-// decides; memory traffic bounds the whole. Constants in clocks are estimates.
+// The model: a block's time for a chunk of channels is little more than the longest of what its products take on the
+// tensor cores, its reads and copies in shared memory, its copies from L2. Blocks share the multiprocessors evenly, the
+// fullest one decides; memory traffic bounds the whole. Constants in clocks are estimates.
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "cuda/gpu_rates.h"
@@ -13,6 +14,8 @@ namespace {
 
 constexpr double kBlockClocks = 1500;       // of a block's beginning and end, where they are not hidden
 constexpr double kHiddenBlockClocks = 200;  // the same beside other blocks
+constexpr double kStageClocks = 100;        // of a barrier and the first loads behind it, one for each column
+constexpr double kIssued = 0.965;           // of the tensor cores' clocks, by a model of the compiled code
 constexpr double kSharedBytesPerClock = 128;
 constexpr double kL2Faster = 2.5;  // than memory: where partial sums stay
 
@@ -34,8 +37,10 @@ double chunk_clocks(const MmaTile& tile, const ConvProblem& prob, const GpuRates
   const double copied = tile.halo_bytes() + 3 * tile.stage_bytes();
   const int warps = tile.threads() / 32, pixel_rows = (tile.rows - 1) * tile.stride + 3;
   const double read = 3.0 * warps * (3 * tile.tiles_m * kTapBytes + pixel_rows * 8 * kChunkBytes);
-  return std::max({products / (tf32 ? gpu.mma_products / 2 : gpu.mma_products), (copied + read) / kSharedBytesPerClock,
-                   copied / gpu.l2_bytes});
+  const double tensor = products / (tf32 ? gpu.mma_products / 2 : gpu.mma_products);
+  // The fourth power: what is far from the longest hides behind it, what is near gets in its way.
+  const double shared = (copied + read) / kSharedBytesPerClock, l2 = copied / gpu.l2_bytes;
+  return std::pow(std::pow(tensor, 4) + std::pow(shared, 4) + std::pow(l2, 4), 0.25);
 }
 
 }  // namespace
@@ -65,11 +70,13 @@ MmaPlan plan_mma_tile(int index, int split, const ConvProblem& prob, const Devic
   plan.tiles = int64_t{plan.k_blocks} * prob.groups * plan.q_tiles * plan.p_tiles * (tile.joined ? 1 : prob.N);
 
   const double busiest = static_cast<double>(ceil_div(plan.blocks(), gpu.multiprocessors));
-  const int together = std::min(2, gpu.shared_kib * 1024 / (tile.shared_bytes() + 1024));
-  const double busy = together > 1 && busiest > 1 ? 0.965 : 0.86;  // of the tensor cores, by the issue model
-  double seconds = (busiest * plan.split_chunks * chunk_clocks(tile, prob, gpu) / busy + kBlockClocks +
-                    kHiddenBlockClocks * std::max(0.0, busiest - 2)) /
-                   gpu.hertz;
+  const double together = std::min<double>(
+      {busiest, MmaPlan::kBlocksPerSM, std::floor(gpu.shared_kib * 1024.0 / (tile.shared_bytes() + 1024))});
+  const double alone = chunk_clocks(tile, prob, gpu);
+  const double chunk = std::max(alone, (alone + 3 * kStageClocks) / together) / kIssued;
+  double seconds =
+      (busiest * plan.split_chunks * chunk + kBlockClocks + kHiddenBlockClocks * std::max(0.0, busiest - 2)) /
+      gpu.hertz;
   seconds = std::max(seconds, bytes_moved(prob) / gpu.memory_bytes) + kLaunchSeconds;
   if (plan.split > 1) {  // the parts are written and read, by one more launch
     seconds += 2.0 * static_cast<double>(plan.workspace_bytes()) / (kL2Faster * gpu.memory_bytes) + kLaunchSeconds;

@@ -44,6 +44,7 @@ constexpr MmaTile kMmaTiles[] = {
     {3, 2, 7, 1, 2, 1, true, false, false},   // 96 x 7 x 16
     {4, 1, 7, 2, 2, 1, true, false, false},   // 64 x 14 x 16
     {4, 2, 4, 1, 2, 2, false, true, false},   // 128 x 4 x 16
+    {4, 2, 4, 2, 1, 2, false, false, false},  // 128 x 8 x 8
     {3, 2, 4, 1, 2, 2, false, false, false},  // 96 x 4 x 16
     {4, 1, 4, 2, 2, 2, false, false, false},  // 64 x 8 x 16
     {3, 1, 4, 2, 2, 2, false, false, false},  // 48 x 8 x 16

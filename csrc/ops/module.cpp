@@ -84,7 +84,8 @@ std::optional<std::string> refusal(const std::string& algorithm, const std::stri
   return text(query.row(algorithm, device_type).refuse(query.prob, query.device));
 }
 
-// Every field of repvgg::LaunchPlan by its name; None where the row refuses the problem.
+// Every field of repvgg::LaunchPlan by its name, and how many of x and y are converted around the launch; None where
+// the row refuses the problem.
 template <class... Problem>
 std::optional<std::map<std::string, int64_t>> launch_plan(const std::string& algorithm, int capability,
                                                           int multiprocessors, Problem... problem) {
@@ -92,10 +93,15 @@ std::optional<std::map<std::string, int64_t>> launch_plan(const std::string& alg
   const repvgg::ConvAlgo& algo = query.row(algorithm, "cuda");
   if (algo.refuse(query.prob, query.device) != nullptr || algo.plan == nullptr) return std::nullopt;
   const repvgg::LaunchPlan plan = algo.plan(query.prob, query.device);
+  const bool planes = query.prob.layout == repvgg::Layout::kNCHW;
+  const int converts = planes ? static_cast<int>(algo.layout != repvgg::RowLayout::kAsProblem) +
+                                    static_cast<int>(algo.layout == repvgg::RowLayout::kNHWC)
+                              : 0;
   return std::map<std::string, int64_t>{
       {"blocks", plan.blocks}, {"threads", plan.threads}, {"shared_bytes", plan.shared_bytes},
       {"tile_k", plan.tile_k}, {"tile_p", plan.tile_p},   {"tile_q", plan.tile_q},
-      {"images", plan.images}, {"split", plan.split},     {"blocks_per_sm", plan.blocks_per_sm}};
+      {"images", plan.images}, {"split", plan.split},     {"blocks_per_sm", plan.blocks_per_sm},
+      {"converts", converts}};
 }
 
 // Name, refusal, predicted seconds, bytes of packed weights, whether "auto" takes it.

@@ -73,7 +73,8 @@ def _arch(name: str) -> int:
     return int(re.search(r"\.sm_(\d+)", name)[1])  # type: ignore[index]
 
 
-def read(path: Path) -> Binary:
+def read(path: Path, disassemble: bool = True) -> Binary:
+    """`disassemble`: a second per architecture and some ten kernels; else their code is left empty."""
     path = path.resolve()
     listed_ptx = sass.run([sass.tool("cuobjdump"), "--list-ptx", str(path)])
     bounds = _launch_bounds(path)
@@ -81,8 +82,11 @@ def read(path: Path) -> Binary:
         sass.run([sass.tool("cuobjdump"), "-xelf", "all", str(path)], cwd=folder)
         cubins = sorted(Path(folder).glob("*.cubin"))
         used = {cubin: _resources(cubin) for cubin in cubins}
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            codes = dict(zip(cubins, pool.map(lambda c: sass.disassemble(c) if used[c] else {}, cubins), strict=True))
+        codes = {cubin: {name: sass.Code(name) for name in used[cubin]} for cubin in cubins}
+        if disassemble:
+            busy = [cubin for cubin in cubins if used[cubin]]
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                codes.update(zip(busy, pool.map(sass.disassemble, busy), strict=True))
         versions = {_compiler(cubin) for cubin in cubins if used[cubin]}
     if len(versions) > 1:
         raise RuntimeError(f"{path} holds code of several compilers: {', '.join(sorted(versions))}")
@@ -99,6 +103,6 @@ def read(path: Path) -> Binary:
                        threads, blocks, codes[cubin][mangled])
             )  # fmt: skip
     kernels.sort(key=lambda kernel: kernel.place)
-    archs = frozenset(_arch(cubin.name) for cubin in cubins)
+    archs = frozenset(kernel.arch for kernel in kernels)  # nvcc's linker adds an empty cubin of its own
     ptx_archs = frozenset(int(number) for number in re.findall(r"\.sm_(\d+)[a-z]?\.ptx", listed_ptx))
     return Binary(path, archs, ptx_archs, versions.pop() if versions else "", tuple(kernels))

@@ -61,6 +61,7 @@ cudaError_t CUDARTAPI cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) 
 cudaError_t CUDARTAPI cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cudaSuccess; }
 cudaError_t CUDARTAPI cudaDeviceGetAttribute(int*, cudaDeviceAttr, int) { return cudaErrorNoDevice; }
 cudaError_t CUDARTAPI cudaMemsetAsync(void*, int, size_t, cudaStream_t) { return cudaSuccess; }
+cudaError_t CUDARTAPI cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 cudaError_t CUDARTAPI cudaGetLastError() { return cudaSuccess; }
 const char* CUDARTAPI cudaGetErrorString(cudaError_t) { return "no device"; }
 

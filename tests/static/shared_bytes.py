@@ -7,9 +7,9 @@ prints it for all of them.
 
 from __future__ import annotations
 
+import functools
 import re
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 
 import sass
@@ -26,14 +26,16 @@ def traits_of(name: str) -> str:
     return match[1]
 
 
-def dynamic_shared(names: Iterable[str], csrc: Path = sync.CSRC) -> dict[str, int]:
-    names = sorted(names)
-    if not names:
+@functools.cache
+def dynamic_shared(kernels: frozenset[str]) -> dict[str, int]:
+    """Kernel -> bytes, of the sources at hand."""
+    if not kernels:
         return {}
+    names = sorted(kernels)
     templates = {traits_of(name).split("<")[0] for name in names}
     headers = sorted(
-        path.relative_to(csrc)
-        for path in csrc.glob("cuda/*.cuh")
+        path.relative_to(sync.CSRC)
+        for path in sync.CSRC.glob("cuda/*.cuh")
         if any(f"struct {template} " in path.read_text() for template in templates)
     )
     lines = [f'#include "{header}"' for header in headers]
@@ -43,5 +45,5 @@ def dynamic_shared(names: Iterable[str], csrc: Path = sync.CSRC) -> dict[str, in
         source = Path(folder) / "bytes.cu"
         source.write_text("\n".join([*lines, "}"]) + "\n")
         program = str(source.with_suffix(""))
-        sass.run([sync.nvcc(), "-std=c++17", f"-I{csrc}", f"-arch=sm_{sync.ARCH}", str(source), "-o", program])
+        sass.run([sync.nvcc(), "-std=c++17", f"-I{sync.CSRC}", f"-arch=sm_{sync.ARCH}", str(source), "-o", program])
         return dict(zip(names, map(int, sass.run([program]).split()), strict=True))

@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,41 +95,34 @@ class Program:
         return self.run(arguments)
 
 
-def compile_kernel(mangled: str, csrc: Path, folder: Path) -> Entry:
-    """The PTX of one kernel, for ARCH."""
-    name = sass.demangle([mangled])[mangled]
+def write_kernel(name: str, csrc: Path, folder: Path) -> Path:
+    """A source that holds one kernel, which is named as sass.demangle does."""
     declared = re.compile(rf"\b{name.split('<')[0]}\(")
     header = next(path for path in sorted((csrc / "cuda").glob("*.cuh")) if declared.search(path.read_text()))
-    digest = hashlib.sha256(mangled.encode()).hexdigest()[:16]
-    source = folder / f"{header.stem}-{digest}.cu"
+    source = folder / f"{header.stem}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.cu"
     source.write_text(
         f'#include "cuda/{header.name}"\n'
         "using namespace repvgg;\nusing namespace repvgg::cuda;\n"
         f"const void* kernel() {{ return reinterpret_cast<const void*>(&{name}); }}\n"
     )
+    return source
+
+
+def compile_kernel(mangled: str, csrc: Path, folder: Path) -> Entry:
+    """The PTX of one kernel, for ARCH."""
+    source = write_kernel(sass.demangle([mangled])[mangled], csrc, folder)
     ptx = source.with_suffix(".ptx")
     flags = ["-std=c++17", f"-I{csrc}", f"-arch=compute_{ARCH}", "-O3", "-lineinfo"]
     sass.run([nvcc(), *flags, "-ptx", str(source), "-o", str(ptx)])
     return next(entry for entry in entries(ptx) if entry.name == mangled)
 
 
-def build(folder: Path, objects: Sequence[Path] = (), csrc: Path = CSRC) -> Program:
-    """Links capture.cpp with the kernels' launch code: with these objects of it, else it is compiled, two at a time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    flags = ["-std=c++17", f"-I{csrc}"]
-
-    def compile_one(source: Path) -> Path:
-        target = folder / f"{source.stem}.o"
-        code = f"-gencode=arch=compute_{ARCH},code=compute_{ARCH}"
-        sass.run([nvcc(), *flags, code, "-c", str(source), "-o", str(target)])
-        return target
-
-    if not objects:
-        with ThreadPoolExecutor(2) as pool:
-            objects = list(pool.map(compile_one, sorted((csrc / "cuda").glob("*.cu"))))
+def build(folder: Path, objects: Sequence[Path]) -> Program:
+    """Links capture.cpp with the launch code in the objects of csrc/cuda."""
     capture = folder / "capture"
-    sass.run([nvcc(), *flags, "-cudart=none", str(HERE / "capture.cpp"), *map(str, objects), "-o", str(capture)])
-    return Program(capture, folder, csrc)
+    flags = ["-std=c++17", f"-I{CSRC}", "-cudart=none"]
+    sass.run([nvcc(), *flags, str(HERE / "capture.cpp"), *map(str, objects), "-o", str(capture)])
+    return Program(capture, folder, CSRC)
 
 
 def problem(entry: Entry, launch: dict[str, Any]) -> dict[str, Any]:
@@ -177,5 +169,6 @@ def verify(program: Program, launch: dict[str, Any], timeout: float) -> dict[str
 
 
 def witness(report: dict[str, Any]) -> str:
-    """What a report says against a kernel, on a few lines."""
-    return f"{report['result']}: {json.dumps(report.get('diagnostics', []))[:2000]}"
+    """What a report says against a kernel: where the accesses of a race are, else the diagnosis."""
+    places = [race[side]["location"] for race in report.get("races", []) for side in ("first", "second")]
+    return f"{report['result']}: {json.dumps(places or report.get('diagnostics', []))[:2000]}"

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -15,7 +17,6 @@ import pytest
 import sass
 import sync
 
-pytestmark = pytest.mark.slow
 ARCH = 80
 
 
@@ -36,61 +37,74 @@ class Fault:
         path.write_text(text)
 
 
-#: Source -> the faults planted in it.
-FAULTS = {
-    "conv3x3_direct.cu": [
-        # As many blocks as leave a thread 64 registers.
+def faults(header: str, barrier: str) -> list[Fault]:
+    """`barrier`: the comment of one in the main loop."""
+    return [
         Fault(
             "spill",
-            "conv3x3_direct.cuh",
-            r"__launch_bounds__\(([^;{]*?), T::kBlocksPerSM\)",
-            r"__launch_bounds__(\1, 1024 / T::kThreads)",
+            header,
+            r"__launch_bounds__\(T::kThreads, T::kBlocksPerSM\)",
+            r"__launch_bounds__(T::kThreads, 1024 / T::kThreads)",
             r"accesses to local memory|bytes of stack",
         ),
         Fault(
             "barrier",
-            "conv3x3_direct.cuh",
-            r"__syncthreads\(\);  // the chunk is complete",
-            r"__syncthreads(); __syncthreads();  // the chunk is complete",
+            header,
+            rf"__syncthreads\(\);  // {barrier}",
+            rf"__syncthreads(); __syncthreads();  // {barrier}",
             r"barriers: expected \d+ \(baseline\)",
         ),
         Fault(
-            "4-byte load",
-            "conv3x3_direct.cuh",
-            r"kWeightPitch = kBlockK \+ 4",
-            r"kWeightPitch = kBlockK + 5",
+            "4-byte-load",
+            "device.cuh",
+            r'"ld\.shared\.v4\.b32 \{%0, %1, %2, %3\}, \[%4\];"',
+            # volatile: else ptxas makes one load of four neighbours
+            '"ld.volatile.shared.b32 %0, [%4]; ld.volatile.shared.b32 %1, [%4+4]; '
+            'ld.volatile.shared.b32 %2, [%4+8]; ld.volatile.shared.b32 %3, [%4+12];"',
             r"accesses of less than 16 bytes in the main loop",
         ),
-    ],
+    ]
+
+
+DIRECT = "conv3x3_direct_kernel<Conv3x3DirectTraits<8, 8, 4, 32, 1, 8>>"  # the smallest: compiled in seconds
+MMA = "conv3x3_mma_kernel<Conv3x3MmaTraits<(MmaType)0, 4, 2, 8, 1, 2, 1, false>>"
+FAULTS = {
+    DIRECT: faults("conv3x3_direct.cuh", "the chunk is complete"),
+    MMA: faults("conv3x3_mma.cuh", "the next column is complete"),
 }
-PLANTED = [pytest.param(source, fault, id=f"{source}-{fault.name}") for source in FAULTS for fault in FAULTS[source]]
+MARKS = {DIRECT: (), MMA: (pytest.mark.slow,)}
+SOUND = [pytest.param(kernel, id=kernel.split("_kernel")[0], marks=MARKS[kernel]) for kernel in FAULTS]
+PLANTED = [
+    pytest.param(kernel, fault, id=f"{kernel.split('_kernel')[0]}-{fault.name}", marks=MARKS[kernel])
+    for kernel in FAULTS
+    for fault in FAULTS[kernel]
+]
 Compile = Callable[[str, "Fault | None"], binary.Binary]
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Compile:
-    """Compiles a source with a fault planted in it, for one architecture."""
+    """Compiles a kernel with a fault planted in it, for one architecture."""
+    if not os.environ.get("REPVGG_CUDA_GATE"):
+        pytest.skip("`make cuda-build` runs it (REPVGG_CUDA_GATE is not set)")
     try:
         nvcc = sync.nvcc()
         sass.tool("nvdisasm")
         sass.tool("cuobjdump")
     except sass.ToolMissing as missing:
         pytest.skip(str(missing))
-    done: dict[tuple[str, Fault | None], binary.Binary] = {}
 
-    def compile_one(source: str, fault: Fault | None) -> binary.Binary:
-        if (source, fault) not in done:
-            folder = tmp_path_factory.mktemp("fault")
-            csrc = Path(shutil.copytree(sync.CSRC, folder / "csrc"))
-            if fault:
-                fault.plant(csrc)
-            target = folder / "kernels.o"
-            code = f"-gencode=arch=compute_{ARCH},code=[sm_{ARCH},compute_{ARCH}]"
-            sass.run(
-                [nvcc, "-std=c++17", "-O3", code, f"-I{csrc}", "-c", str(csrc / "cuda" / source), "-o", str(target)]
-            )
-            done[source, fault] = gates.with_dynamic_shared(binary.read(target), csrc)
-        return done[source, fault]
+    @functools.cache
+    def compile_one(kernel: str, fault: Fault | None) -> binary.Binary:
+        folder = tmp_path_factory.mktemp("fault")
+        csrc = Path(shutil.copytree(sync.CSRC, folder / "csrc"))
+        if fault:
+            fault.plant(csrc)
+        source = sync.write_kernel(kernel, csrc, folder)
+        target = source.with_suffix(".o")
+        code = f"-gencode=arch=compute_{ARCH},code=[sm_{ARCH},compute_{ARCH}]"
+        sass.run([nvcc, "-std=c++17", "-O3", code, f"-I{csrc}", "-c", str(source), "-o", str(target)])
+        return gates.with_dynamic_shared(binary.read(target))
 
     return compile_one
 
@@ -103,14 +117,14 @@ def findings(module: binary.Binary, sound: binary.Binary) -> list[str]:
     return [str(finding) for finding in found]
 
 
-@pytest.mark.parametrize("source", FAULTS)
-def test_sound_kernels_pass(compiled: Compile, source: str) -> None:
-    sound = compiled(source, None)
+@pytest.mark.parametrize("kernel", SOUND)
+def test_sound_kernels_pass(compiled: Compile, kernel: str) -> None:
+    sound = compiled(kernel, None)
     assert findings(sound, sound) == []
 
 
-@pytest.mark.parametrize(("source", "fault"), PLANTED)
-def test_planted_fault_is_found(compiled: Compile, source: str, fault: Fault) -> None:
-    found = findings(compiled(source, fault), compiled(source, None))
+@pytest.mark.parametrize(("kernel", "fault"), PLANTED)
+def test_planted_fault_is_found(compiled: Compile, kernel: str, fault: Fault) -> None:
+    found = findings(compiled(kernel, fault), compiled(kernel, None))
     print("\n".join(found))
     assert any(re.search(fault.found, finding) for finding in found), found
