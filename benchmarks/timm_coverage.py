@@ -87,7 +87,7 @@ EXPECTED: Mapping[str, Callable[[Any], int]] = {
     "RepGhostModule": lambda m: int(_count(m.fusion_conv) > 0),
     "GhostModuleV3": lambda m: _ghost_module(m) if not m.infer_mode else 0,
     "GhostBottleneckV3": lambda m: int(m.stride > 1 and _count(m.dw_rpr_skip, m.dw_rpr_conv, m.dw_rpr_scale) > 1),
-    "Residual": lambda m: int(type(m.m).__name__ == "Conv2dNorm"),
+    "Residual": lambda m: int(type(getattr(m, "m", None)).__name__ == "Conv2dNorm"),
     "EfficientViMBlock": lambda m: 2,
     "PatchMerging": lambda m: _count(getattr(m, "dwconv1", None), getattr(m, "dwconv2", None)),
     "RepDepthwiseSeparable": lambda m: int(_count(m.dw_conv_list) > 1),

@@ -91,6 +91,11 @@ def write(run: Run, out: Path) -> list[Path]:
 Figures = dict[tuple[Theme, bool], Any]
 
 
+def whole(run: Run) -> str:
+    """The page with every picture there is."""
+    return html(run, {name: (text, image(versions(draw), text)) for name, text, draw in pictures(run)})
+
+
 def versions(draw: Callable[[Theme], Any]) -> Figures:
     """A picture for each theme, wide and narrow."""
     return {
