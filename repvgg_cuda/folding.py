@@ -111,7 +111,7 @@ def plan(
             "the checkpoint is already in deploy form: there is nothing to fold",
         )
         folds = _folds(state, found, zoo.eps if eps is None else eps)
-    rename = Renamer(_family(state, found, to), zoo.name, to.name)
+    rename = Renamer(_family(state, found), zoo.name, to.name)
     outputs, dropped = _outputs(state, folds, rename)
     notes, warnings = _remarks(found, dropped, eps if folds else None, bool(folds))
     after = sum(math.prod(out.shape) for out in outputs if not out.key.endswith(_STATISTICS))
@@ -152,12 +152,8 @@ def _remarks(
     """Notes and warnings."""
     zoo, notes, warnings = found.zoo, [], []
     if folded:
-        taken = (
-            f"BatchNorm eps {zoo.eps:g}, with which {zoo.title} trains"
-            if eps is None
-            else f"BatchNorm eps {eps:g}, as given"
-        )
-        notes.append(f"{taken}; a state_dict does not carry it")
+        taken = f"{zoo.eps:g}, with which {zoo.title} trains" if eps is None else f"{eps:g}, as given"
+        notes.append(f"BatchNorm eps {taken}; a state_dict does not carry it")
     if dropped:
         heads = sorted({key[: key.index("_aux.")] + "_aux" for key in dropped})
         notes.append(f"dropped the auxiliary heads {', '.join(heads)}, which serve training only")
@@ -173,8 +169,8 @@ def _remarks(
     return tuple(notes), tuple(warnings)
 
 
-def _family(state: Mapping[str, Tensor], found: Recognised, target: Zoo) -> str | None:
-    """ "RepVGG", "MobileOne" or None, for renaming. Folded blocks of the two look alike but for 1x1 kernels."""
+def _family(state: Mapping[str, Tensor], found: Recognised) -> str | None:
+    """For renaming: "RepVGG", "MobileOne" or None. Folded blocks of the two look alike but for 1x1 kernels."""
     if found.form == "train":
         names = {block.name for block in found.blocks.values() if not block.companion}
         names = {name.removesuffix(" block").removeprefix("QA") for name in names}

@@ -77,8 +77,9 @@ def recognise(keys: Sequence[str], what: str = "the checkpoint", source: str = "
         )
     if trained:
         zoo = _settle(trained, keys, what)
-        for prefix in (prefix for prefix, block in marked[zoo.name].items() if block is None):
-            where, inner = prefix.removesuffix(".") or "its root", [key for key in keys if key.startswith(prefix)]
+        partial = next((prefix for prefix, block in marked[zoo.name].items() if block is None), None)
+        if partial is not None:
+            where, inner = partial.removesuffix(".") or "its root", [key for key in keys if key.startswith(partial)]
             raise RuntimeError(f"{what} has at {where} a part of a block of {zoo.title}, or another: {some(inner, 9)}")
         return Recognised(zoo, "train", trained[zoo.name], _is_known(zoo, keys, source))
     if deployed is not None:

@@ -63,6 +63,24 @@ def layers() -> nn.Module:
     return Layers().eval()
 
 
+class Block(nn.Module):
+    """A user's own, with branches of which this package knows nothing but what they compute."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.wide = nn.Conv2d(channels, channels, 3, padding=1)
+        self.narrow = nn.Sequential(nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.wide(x) + self.narrow(x) + x)
+
+
+def own_model() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2, padding=1), Block(8), Block(8))
+    return repvgg_cuda.deploy(timm_models.randomised(model), images(1, 32, 32))[0].eval()
+
+
 def images(n: int, height: int, width: int) -> Tensor:
     return torch.randn(n, 3, height, width, generator=torch.Generator().manual_seed(height))
 
@@ -103,7 +121,9 @@ def onnx_results(path: Path, sizes: list[tuple[int, int, int]]) -> tuple[Any, di
 
 
 @pytest.mark.parametrize(
-    "make", [network, layers, lambda: network(use_se=True, width_multiplier=[0.5] * 4)], ids=["network", "layers", "se"]
+    "make",
+    [network, layers, own_model, lambda: network(use_se=True, width_multiplier=[0.5] * 4)],
+    ids=["network", "layers", "own model", "se"],
 )
 def test_onnx_runs_in_onnxruntime_at_every_size(tmp_path: Path, make: Callable[[], nn.Module]) -> None:
     onnx = pytest.importorskip("onnx")
