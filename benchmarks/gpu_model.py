@@ -290,9 +290,9 @@ def behind(found: Sequence[Network]) -> Iterator[str]:
             )
     yield ""
     yield (
-        "Two of the reasons lie in the hardware and the mathematics. On Hopper cuDNN has `wgmma`, of whose peak `mma.sync` reaches 63 %: at large "
-        "batch it stays ahead. And exact float32 has Winograd, with 2.25 to 4 times fewer products, which a direct "
-        "kernel cannot make up on wide layers with stride 1."
+        "Two of the reasons lie in the hardware and the mathematics. On Hopper cuDNN has `wgmma`, of whose peak "
+        "`mma.sync` reaches 63 %: at large batch it stays ahead. And exact float32 has Winograd, with 2.25 to 4 times "
+        "fewer products, which a direct kernel cannot make up on wide layers with stride 1."
     )
     yield ""
 

@@ -36,11 +36,11 @@ class BenchmarkResult:
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """One per way to compute the output; the first one is what the speed-ups are over."""
+        """One per way to compute the output; speed-ups are over the first. Then those with cold caches."""
         return tuple(self.run.rows)
 
     def __getitem__(self, candidate: str) -> Row:
-        """The row of that name. Raises KeyError, with the names there are."""
+        """The row of that name, with warm caches. Raises KeyError, with the names there are."""
         for row in self.rows:
             if row.candidate == candidate:
                 return row
@@ -58,20 +58,26 @@ class BenchmarkResult:
         with console.capture() as captured:
             for text in self.run.warnings:
                 console.print(f"warning: {text}", markup=False)
-            console.print(tables.table(self.rows))
+            for rows in self.run.by_case().values():
+                console.print(tables.table(rows))
         return "\n".join(line.rstrip() for line in captured.get().splitlines())
 
     def _repr_html_(self) -> str:
         parts = [f"<p>{escape(text)}</p>" for text in self.run.warnings]
-        if charts.drawable([self.rows]):
-            figures = page.versions(partial(charts.speedups, [self.rows]))
-            parts.append(page.image(figures, page.speedup_text([self.rows])))
-        return f"<div>{''.join(parts)}{page.rows_table(self.rows)}</div>"
+        for rows in self.run.by_case().values():
+            if rows[0].caches == "cold":
+                parts.append("<p>With cold caches:</p>")
+            if charts.drawable([rows]):
+                figures = page.versions(partial(charts.speedups, [rows]))
+                parts.append(page.image(figures, page.speedup_text([rows])))
+            parts.append(page.rows_table(rows))
+        return f"<div>{''.join(parts)}</div>"
 
     def _repr_png_(self) -> bytes | None:
-        if not charts.drawable([self.rows]):
+        warm = next(iter(self.run.by_case().values()))
+        if not charts.drawable([warm]):
             return None
-        return charts.render(charts.speedups([self.rows], charts.LIGHT), "png", charts.LIGHT)
+        return charts.render(charts.speedups([warm], charts.LIGHT), "png", charts.LIGHT)
 
 
 def benchmark(
@@ -177,7 +183,7 @@ def _build(
         output = deployed(x)
     require(isinstance(output, Tensor), f"benchmark: the model must return one tensor, got {type(output).__name__}")
     work = networks.workload(trained, deployed, x, setup.target)
-    truth = checks.network_truth(deployed if trained is None else trained, deployed, x)
+    truth = checks.network_truth(deployed if trained is None else trained, deployed, x, tf32=setup.tf32)
     candidates = list(suites.network_rows(setup, work, truth))
     taken = {candidate.name for candidate in candidates}
     for name, rival in rivals.items():

@@ -44,7 +44,7 @@ LIGHT_KINDS = {
     "ours": "#2563eb",
     "ours, not prepared": "#8fb2f7",
 }
-DARK_KINDS = {**LIGHT_KINDS, "unfused": "#7b8494", "ours": "#5b8cff", "ours, not prepared": "#39589c"}
+DARK_KINDS = {**LIGHT_KINDS, "unfused": "#7b8494", "ours": "#5b8cff", "ours, not prepared": "#4a6db8"}
 
 LIGHT = Theme("#111827", "#5b6472", "#d5d9e0", "#ffffff", LIGHT_KINDS)
 DARK = Theme("#e6e9ef", "#9aa4b2", "#3a4250", "#14171c", DARK_KINDS)
@@ -173,7 +173,7 @@ def _group(panel: Any, rows: Sequence[Row], shown: Sequence[tuple[str, Row]], pi
     panel.set_yticks([] if theme.narrow else bars, [] if theme.narrow else labels)
     for place, label in zip(bars, labels, strict=True) if theme.narrow else ():
         panel.text(0, place - 0.82, label, fontsize=7.5, color=theme.muted, va="center", in_layout=False)
-    _limit(panel, limit_speedup(rows), bars[-1], theme)
+    _limit(panel, limit_speedup(rows), bars, theme)
     panel.set_ylim(bars[-1] + 1.15, -1.3 if theme.narrow else -0.6)
     _axis(panel, theme)
     panel.tick_params(axis="y", length=0, labelsize=8.5, labelcolor=theme.ink)
@@ -206,14 +206,16 @@ def limit_speedup(rows: Sequence[Row]) -> float | None:
     return first.median_us / first.floor_us
 
 
-def _limit(panel: Any, limit: float | None, last: float, theme: Theme) -> None:
-    """The dashed line through all bars, down to the last one, and its name below that."""
+def _limit(panel: Any, limit: float | None, bars: Sequence[float], theme: Theme) -> None:
+    """A dashed line through the bars (and not through names between them), and its name below the last."""
     if limit is None:
         return
     edge = panel.get_xlim()[1]
     inside = limit <= edge
-    if inside:
-        panel.plot([limit] * 2, [-0.5, last + 0.55], color=theme.ink, linewidth=1.2, linestyle=(0, (3, 2)), zorder=3)
+    last = bars[-1]
+    for top, bottom in ((y - 0.45, y + 0.45) for y in bars) if theme.narrow else ((-0.5, last + 0.55),):
+        if inside:
+            panel.plot([limit] * 2, [top, bottom], color=theme.ink, linewidth=1.2, linestyle=(0, (3, 2)), zorder=3)
     text = f"limit {limit:.1f}x" if inside else f"limit {limit:.0f}x \u2192"
     x = min(limit, edge)
     side = "right" if x > 0.85 * edge else "left" if x < 0.1 * edge else "center"

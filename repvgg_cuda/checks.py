@@ -102,12 +102,13 @@ class Truth:
         return "" if times <= 1 else f"inexact: {times:.1f} times the bound of float32 arithmetic"
 
 
-def network_truth(model: nn.Module, peer: nn.Module, x: Tensor) -> Truth:
+def network_truth(model: nn.Module, peer: nn.Module, x: Tensor, *, tf32: bool = False) -> Truth:
     """Of a network's output: ``model`` itself in float64.
 
     An evaluation may be off by what :func:`repvgg_cuda.verify` allows: a small multiple of the error of ``peer``,
-    another evaluation of the same network, in the dtype of ``x``.
+    another evaluation of the same network, in the dtype of ``x``; with ``tf32``, of the rounding of factors to TF32.
     """
+    unit = TF32_UNIT if tf32 else testing.unit_roundoff(x.dtype)
 
     @torch.inference_mode()
     def want() -> Tensor:
@@ -117,7 +118,7 @@ def network_truth(model: nn.Module, peer: nn.Module, x: Tensor) -> Truth:
     @torch.inference_mode()
     def bound() -> Tensor:
         peer_error = (peer(x).double() - truth.want).abs().max()
-        allowed = NETWORK_FACTOR * torch.maximum(peer_error, testing.unit_roundoff(x.dtype) * truth.want.abs().max())
+        allowed = NETWORK_FACTOR * torch.maximum(peer_error, unit * truth.want.abs().max())
         return allowed.expand_as(truth.want)
 
     truth = Truth(want, bound, x.dtype)

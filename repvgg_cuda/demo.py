@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from repvgg_cuda import bench, checkpoint, digits, environment, files, networks, picture, suites, tables
+from repvgg_cuda import bench, charts, checkpoint, digits, environment, files, networks, picture, suites, tables
 from repvgg_cuda.branches import require
 from repvgg_cuda.comparison import Row
 from repvgg_cuda.convert import reparameterize
@@ -79,7 +79,7 @@ class Demo:
 
     def digits(self, out: Path) -> int:
         """The whole way on the shipped digits network, with a picture in the directory ``out``."""
-        picture.require_matplotlib()
+        charts.require_matplotlib()
         _, held_out = digits.load_digits()
         out.mkdir(parents=True, exist_ok=True)
         files.require_writable(out / "demo.png")

@@ -260,7 +260,7 @@ def pictures(check: Check, seconds: float) -> dict[str, Any]:
     run = gpu_report.as_run({"results": check.results, "dry_run": check.dry_run})
     if run is None:
         raise StageSkipped("nothing was measured")
-    write_text_atomically(check.out / PICTURES, page.html(run))
+    write_text_atomically(check.out / PICTURES, page.whole(run))
     return {"file": PICTURES}
 
 

@@ -91,6 +91,11 @@ def write(run: Run, out: Path) -> list[Path]:
 Figures = dict[tuple[Theme, bool], Any]
 
 
+def whole(run: Run) -> str:
+    """The page with every picture there is."""
+    return html(run, {name: (text, image(versions(draw), text)) for name, text, draw in pictures(run)})
+
+
 def versions(draw: Callable[[Theme], Any]) -> Figures:
     """A picture for each theme, wide and narrow."""
     return {
@@ -112,7 +117,8 @@ def pictures(run: Run) -> list[Picture]:
     for suite, cases in by_suite(run).items():
         single = [rows for rows in cases if rows[0].caches == "warm" and rows[0].batch == min_batch(cases)]
         if charts.drawable(single):
-            found.append((f"speedup-{suite}", speedup_text(single), partial(charts.speedups, single)))
+            text = speedup_text(single, again=bool(found))
+            found.append((f"speedup-{suite}", text, partial(charts.speedups, single)))
     warm = [rows for rows in run.by_case().values() if rows[0].caches == "warm"]
     # The ceilings are those of the first run's threads.
     threads = run.environment.get("threads")
@@ -146,10 +152,13 @@ ROOFLINE_TEXT = (
 BATCH_TEXT = "How the time of one image changes when several are computed together. Lower is better."
 
 
-def speedup_text(cases: Sequence[Sequence[Row]]) -> str:
+def speedup_text(cases: Sequence[Sequence[Row]], *, again: bool = False) -> str:
+    """How to read the picture; in short where it stands below another one of its kind."""
     firsts = {rows[0].candidate for rows in cases}
     first = cases[0][0].candidate if len(firsts) == 1 else "the branches before fusion"
     batch = cases[0][0].batch
+    if again:
+        return f"As above: how many times as fast as {first} each way is, at batch {batch}; longer is better."
     text = (
         f"How many times as fast as {first} each way is, at batch {batch}; longer is better. Of each kind the fastest "
         f"variant is shown. The thin line on a bar is the {100 * LEVEL:.0f} % interval, and a ~ before the number says "

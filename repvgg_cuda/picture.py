@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from repvgg_cuda.charts import require_matplotlib
 from repvgg_cuda.comparison import Row
 from repvgg_cuda.tables import duration
 
@@ -29,14 +30,6 @@ def choose(wrong: Tensor, count: int) -> list[int]:
     return sorted(indices)
 
 
-def require_matplotlib() -> None:
-    """Raises RuntimeError, with the remedy, if matplotlib is not installed: to be called before the work, not after."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
-        raise RuntimeError("the picture needs matplotlib: install it with `pip install matplotlib`") from None
-
-
 def draw(
     path: Path,
     *,
@@ -54,7 +47,7 @@ def draw(
         scans: ``[N, 1, 8, 8]`` in 0..1 (ink is 1). labels, predictions: ``[N]``.
         latencies: per network its name and its timed rows, the slowest form first; at most as many as BARS.
     Raises:
-        RuntimeError: as :func:`require_matplotlib`.
+        RuntimeError: as :func:`repvgg_cuda.charts.require_matplotlib`.
     """
     require_matplotlib()
     from matplotlib.figure import Figure

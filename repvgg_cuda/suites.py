@@ -323,7 +323,7 @@ def chains_suite(setup: Setup) -> Cases:
 
     def build(channels: int, size: int, batch: int) -> Built:
         work = chain_workload(setup, channels, size, batch)
-        truth = checks.network_truth(work.deployed, work.deployed, work.x)
+        truth = checks.network_truth(work.deployed, work.deployed, work.x, tf32=setup.tf32)
         return Built(list(network_rows(setup, work, truth)), networks.work_of(work.deployed, work.x))
 
     return [
@@ -356,7 +356,7 @@ def network_case(setup: Setup, name: str, batch: int, size: tuple[int, int] | No
         trained, x = networks.build_model(name, setup.device, setup.dtype, batch, size)
         deployed = networks.deploy(trained)
         work = networks.workload(trained, deployed, x, setup.target)
-        truth = checks.network_truth(trained, deployed, x)
+        truth = checks.network_truth(trained, deployed, x, tf32=setup.tf32)
         return Built(list(network_rows(setup, work, truth)), networks.work_of(deployed, x))
 
     shape = networks.input_shape(name, batch, size)

@@ -34,7 +34,7 @@ def table(rows: Sequence[Row]) -> Table:
     result.add_column("candidate")
     with_error = any(row.error is not None for row in rows)
     with_share = any(row.share is not None for row in rows)
-    headings = ["median", "p10-p90", "speed-up", f"{100 * LEVEL:.0f} % sure"]
+    headings = ["median", "p10-p90", "speed-up", f"{100 * LEVEL:.0f}% sure"]
     for heading in (*headings, *(["error"] if with_error else []), *(["limit"] if with_share else [])):
         result.add_column(heading, justify="right")
     for row in rows:

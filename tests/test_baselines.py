@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import timm_models
 import torch
 from torch import Tensor, nn
 
@@ -139,6 +140,14 @@ def test_a_network_with_se_is_no_chain() -> None:
     assert [(layer.stride, layer.activation) for layer in layers] == [(2, "relu")] * 5
 
 
+def test_tf32_is_allowed_for_where_it_is_used() -> None:
+    trained, deployed, x = small_network()
+    exact, loose = (checks.network_truth(trained, deployed, x, tf32=tf32) for tf32 in (False, True))
+    rounded = exact.want.float() + 2.0**-11 * exact.want.float().abs().max()
+    assert exact.check(rounded) != ""
+    assert loose.check(rounded) == ""
+
+
 def test_foreign_outputs_are_told_from_wrong_ones() -> None:
     want = torch.tensor([[1.0, -4.0]], dtype=torch.float64)
     truth = checks.Truth(lambda: want, lambda: torch.full_like(want, 1e-6), torch.float32)
@@ -256,10 +265,13 @@ def test_benchmark_of_a_model() -> None:
 def test_benchmark_of_a_layer_against_named_rivals() -> None:
     conv = repvgg_cuda.RepConv3x3(8, 8, activation="relu").eval()
     x = torch.randn(1, 8, 12, 12)
-    result = repvgg_cuda.benchmark(conv, x, against={"mine": lambda x: conv(x)}, rounds=2)
+    result = repvgg_cuda.benchmark(conv, x, against={"mine": lambda x: conv(x)}, rounds=2, cold=True)
     names = [row.candidate for row in result.rows]
     assert names[0] == "fused F.conv2d + relu"
-    assert "mine" in names
+    assert names.count("mine") == 2
+    assert [row.caches for row in result.rows if row.candidate == "mine"] == ["warm", "cold"]
+    assert result["mine"].caches == "warm"
+    assert str(result).count("caches cold") == 1
     assert conv.prepared is None
 
 
@@ -292,6 +304,24 @@ def test_an_unknown_model_lists_the_known_ones_whether_or_not_timm_is_there(monk
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(RuntimeError, match=r"digits, RepVGG-A0, .*timm itself: ModuleNotFoundError\), got nothing"):
         networks.require_model("nothing")
+
+
+@pytest.mark.slow
+def test_a_model_of_the_real_timm() -> None:
+    timm_models.import_timm()
+    networks.require_model("repvgg_a0")
+    with pytest.raises(RuntimeError, match="or a model of timm, got repvgg_a00"):
+        networks.require_model("repvgg_a00")
+    assert networks.input_shape("repvgg_a0", 2) == (2, 3, 224, 224)
+    trained, x = networks.build_model("repvgg_a0", torch.device("cpu"), torch.float32, 1, (64, 64))
+    deployed = networks.deploy(trained)
+    work = networks.workload(trained, deployed, x, devices.CpuDevice())
+    truth = checks.network_truth(trained, deployed, x)
+    setup = Setup(x.device, x.dtype, quick=True)
+    with torch.inference_mode():
+        found = {each.name: each.check(each.ready()()) for each in suites.network_rows(setup, work, truth)}
+    assert set(found.values()) == {""}
+    assert {"three branches", "fused F.conv2d + relu", "fused conv3x3 prepared"} <= set(found)
 
 
 def test_a_model_of_timm_is_built_for_its_input(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from repvgg_cuda import (
     Branches,
     bench,
     ceilings,
+    cli,
     comparison,
     devices,
     environment,
@@ -422,6 +424,22 @@ def test_cuda_without_a_gpu_is_an_error() -> None:
         bench.run(parse("--device", "cuda"))
 
 
+@pytest.mark.usefixtures("no_ceilings")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_gpu_is_rehearsed(tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str) -> None:
+    path = tmp_path / "dry.jsonl"
+    options = ["--suite", "notebook", "--rounds", "1", "--dtype", dtype, "--against", "channels_last", "graph"]
+    assert bench.run(parse("--device", "cuda", "--dry-run", "--tf32", *options, "--json", str(path))) == 0
+    run = records.read(path)
+    assert run.environment["dry_run"] is True
+    assert {"driver", "clock_mhz", "throttle"} <= set(run.environment["state"])
+    assert "dry run: no GPU, and these times mean nothing" in capsys.readouterr().out
+    names = {row.candidate: row.status for row in run.rows}
+    assert names["fused F.conv2d, cudnn.benchmark, channels_last, CUDA graph"] == "ok"
+    assert names["fused conv3x3 prepared, CUDA graph"] == "ok"
+    assert names["cudnn_convolution_relu, CUDA graph"] == "refused"  # the notebook's block has no ReLU
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -533,6 +551,17 @@ def test_the_clock_fits_the_threads() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- scripts
+
+
+def test_the_commands_of_the_page_are_ones_that_there_are() -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    commands = [line for line in text.splitlines() if line.startswith("repvgg-cuda bench")]
+    assert len(commands) >= 6
+    for line in commands:
+        cli._parser().parse_args(shlex.split(line.partition("   ")[0])[1:])
+    keys = {key for keys in bench._keys().values() for key in keys}
+    assert all(f"`{key}`" in text for key in keys)
+    assert all(f"| `{suite}` |" in text for suite in bench.SUITES)
 
 
 def test_the_notebook_example_says_what_the_notebook_showed(

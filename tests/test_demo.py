@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from repvgg_cuda import baselines, checkpoint, comparison, demo, digits, networks, picture, timing
+from repvgg_cuda import baselines, charts, checkpoint, comparison, demo, digits, networks, picture, timing
 from repvgg_cuda.convert import reparameterize
 from repvgg_cuda.models import create_model
 
@@ -290,7 +290,7 @@ def test_a_photo_is_classified_before_and_after(
 def test_a_photo_with_a_checkpoint_of_either_form(
     small_network: None, photo: Path, tmp_path: Path, form: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = networks.randomise_(create_model("RepVGG-A0", num_classes=7)).eval()
+    model = networks.randomise_(networks.create_model("RepVGG-A0", num_classes=7)).eval()
     if form == "deploy":
         model = reparameterize(model).model
     path = tmp_path / "weights.safetensors"
@@ -426,7 +426,7 @@ def test_an_unwritable_directory(tmp_path: Path) -> None:
     [
         ("sklearn", "pip install scikit-learn", digits.load_digits),
         ("PIL", "pip install pillow", lambda: demo.load_image(Path("x.png"), 256, 224)),
-        ("matplotlib", "pip install matplotlib", picture.require_matplotlib),
+        ("matplotlib", "pip install matplotlib", charts.require_matplotlib),
     ],
 )
 def test_a_missing_extra_names_its_remedy(

@@ -22,7 +22,7 @@ from repvgg_cuda.models import create_model
 from repvgg_cuda.zoo import ZOOS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PAGES = ("zoo.md", "migration.md", "converted-model.md")
+PAGES = ("zoo.md", "migration.md", "converted-model.md", "conversion.md")
 
 
 class Snippet(NamedTuple):

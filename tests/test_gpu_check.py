@@ -166,9 +166,8 @@ def test_a_command_that_hangs_is_ended_with_all_its_children(tmp_path: Path) -> 
 
 def fake_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Check:
     """A check whose parts are this program, given the path of the file that a part writes."""
-    program = (
-        f"import json, os, pathlib, sys, time\npath = pathlib.Path({str(tmp_path / 'layers.part.json')!r})\n{body}"
-    )
+    path = str(tmp_path / "layers.part.json")
+    program = f"import os, pathlib, sys, time\nfound = pathlib.Path({path!r})\n{body}"
     check = Check(tmp_path, True)
     real = check.command
     monkeypatch.setattr(check, "command", lambda arguments, seconds: real([sys.executable, "-c", program], seconds))

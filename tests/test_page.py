@@ -181,5 +181,15 @@ def test_a_browser_shows_it_on_a_phone_and_on_a_desk_in_light_and_dark(folder: P
     assert backgrounds == {"light": "rgb(255, 255, 255)", "dark": "rgb(20, 23, 28)"}
 
 
+def test_a_rehearsal_and_a_second_picture_say_what_they_are(run: Run) -> None:
+    assert "rehearsal" not in page.html(run, {})
+    assert "times on this page mean nothing" in page.html(
+        dataclasses.replace(run, environment={**run.environment, "dry_run": True}), {}
+    )
+    texts = {name: text for name, text, _ in page.pictures(run)}
+    assert "99 % interval" in texts["speedup-notebook"]
+    assert texts["speedup-layers"].startswith("As above")
+
+
 def test_every_suite_has_a_title() -> None:
     assert set(bench.SUITES) <= set(page.SUITE_TITLES)

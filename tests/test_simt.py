@@ -37,6 +37,7 @@ Programs = Callable[[str], dict[str, Path]]
 @pytest.fixture(scope="session")
 def programs() -> Programs:
     """The programs of a mode, compiled when a test first asks for it; build/ keeps what is up to date."""
+    pytest.importorskip("ninja", reason="the programs are compiled by ninja")
     built: dict[str, dict[str, Path]] = {}
 
     def get(mode: str) -> dict[str, Path]:
@@ -317,10 +318,10 @@ def ran(lines: dict[tuple[str, str], dict[str, Any]]) -> dict[str, int]:
 
 def test_every_order_of_threads(programs: Programs, record_property: Callable[[str, object], None]) -> None:
     """Every row and dtype, in three orders of threads and two of blocks, ends with the same, right bits."""
-    cases = [*conv_cases(ALL_CASES, 20), *FUSE_CASES]
+    cases = [*conv_cases(ALL_CASES, 14), *FUSE_CASES]
     program = programs("plain")["driver"]
     forward = drive("plain", program, cases, "--schedule", "forward", "--guard", "before", "--reach", "yes")
-    for options in (("backward", "--blocks-at-once", "3"), ("random:1", "--blocks-at-once", "6")):
+    for options in (("backward", "--blocks-at-once", "3"), ("random:1", "--blocks-at-once", "4")):
         other = drive("plain", program, cases, "--schedule", *options)
         assert {key: line.get("bits") for key, line in other.items()} == {
             key: line.get("bits") for key, line in forward.items()
@@ -364,6 +365,34 @@ def test_every_tensor_core_tile(tile: int, programs: Programs) -> None:
         }
         tf32 = drive("plain", program, cases, "--algorithm", "mma_tf32", *options)
         assert ran(tf32)["mma_tf32"] in (0, 3)  # not every tile is compiled for it
+
+
+#: For the tiles of `direct`, by what one multiprocessor makes of them: whole and ragged, in both layouts and strides.
+DIRECT_CASES = (
+    *("8,3,16,16,64,1,1,nchw,relu,bias", "8,3,15,14,60,1,1,nhwc,relu,bias", "8,12,16,16,128,1,2,nhwc,relu,bias"),
+    *("8,3,16,16,32,1,1,nhwc,relu,bias", "12,3,15,15,31,1,1,nchw,identity,none", "16,3,8,8,64,1,1,nchw,relu,bias"),
+    *("16,3,7,7,62,1,1,nhwc,relu,bias", "8,3,9,17,130,1,1,nhwc,identity,none", "8,3,31,32,64,2,1,nhwc,relu,bias"),
+    *("8,3,30,29,63,2,1,nchw,relu,bias", "8,5,31,32,32,2,1,nchw,relu,bias", "10,3,29,31,30,2,1,nhwc,relu,none"),
+    *("16,3,14,14,64,2,1,nhwc,relu,bias", "16,4,13,14,60,2,1,nchw,relu,bias", "2,5,9,9,9,2,1,nchw,relu,bias"),
+)
+
+
+def test_every_tile_of_direct(programs: Programs) -> None:
+    """All tiles of the menu, for both strides, give the bits of one chain; with slices, the same in every order."""
+    program = programs("plain")["driver"]
+    cases = [case.replace(",n", ",float32,n", 1) for case in DIRECT_CASES]
+    options = ("--multiprocessors", "1", "--blocks-at-once", "3")
+    lines = drive("plain", program, cases, "--algorithm", "direct", *options)
+    assert {line["check"] for line in lines.values()} == {"bits"}
+    tiles = {(case.split(",")[5], *line["tile"]) for (_, case), line in lines.items()}
+    assert tiles == {(s, *tile) for s in "12" for tile in ((64, 8, 16), (32, 8, 16), (64, 8, 8), (16, 8, 8))}
+    split = [
+        drive("plain", program, cases, "--algorithm", "direct_split", *options, "--schedule", schedule)
+        for schedule in ("forward", "backward", "random:9")
+    ]
+    assert {line["split"] for line in split[0].values()} >= {2}
+    bits = [{key: line["bits"] for key, line in each.items()} for each in split]
+    assert bits[0] == bits[1] == bits[2]
 
 
 @pytest.mark.parametrize(("capability", "multiprocessors"), [(75, 40), (86, 4), (90, 132), (120, 170)])

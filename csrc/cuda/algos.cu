@@ -9,7 +9,7 @@
 
 namespace repvgg::cuda {
 
-extern const ConvAlgo kConv3x3Mma, kConv3x3Stem, kConv3x3Direct, kConv3x3DirectSplit, kConv3x3MmaTF32Row;
+extern const ConvAlgo kConv3x3Mma, kConv3x3Stem, kConv3x3Direct, kConv3x3DirectSplit, kConv3x3MmaTF32;
 
 namespace {
 
@@ -48,7 +48,7 @@ void wait_for_stream(void* stream) { synchronize_stream(stream); }
 
 AlgoTable algos() {
   static const ConvAlgo* const rows[] = {&kConv3x3Mma, &kConv3x3Stem, &kConv3x3Direct, &kConv3x3DirectSplit,
-                                         &kConv3x3MmaTF32Row};
+                                         &kConv3x3MmaTF32};
   return {rows, static_cast<int>(sizeof rows / sizeof *rows), aten_cost};
 }
 

@@ -67,8 +67,8 @@ template <class T>
 double chunk_instructions() {
   constexpr int kMultiplyAdds = T::kChunkC * 9 * T::kThreadK * T::kThreadQ;
   constexpr int kLoads = T::kChunkC * 9 * T::kThreadK / 4 + T::kChunkC * 3 * (T::kStride == 1 ? 3 : 5);
-  const int64_t copies = 6 * ceil_div(T::kHalo, T::kPixelThreads) + 9 * T::kRowsPerThread;
-  return kMultiplyAdds + kLoads + static_cast<double>(copies) + 25;
+  constexpr int kCopies = 5 * T::kListed / T::kPixelThreads + 2 * 9 * T::kRowsPerThread, kLoop = 47;
+  return kMultiplyAdds + kLoads + kCopies + kLoop;
 }
 
 // In instructions of a scheduler, as estimated: what a block does before its first chunk; how long a fence and an

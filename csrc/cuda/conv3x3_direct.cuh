@@ -169,10 +169,18 @@ class Conv3x3DirectCopies {
   __device__ __forceinline__ void start(int buffer, int count) {
     if (c_ < count) {
       const SharedAddress to = to_x_ + static_cast<unsigned>(buffer * T::kStageX * 4);
+      constexpr int kPixels = T::kListed / T::kPixelThreads, kAtATime = 6;
 #pragma unroll
-      for (int i = 0; i < T::kListed / T::kPixelThreads; ++i) {
-        const Conv3x3DirectPixel pixel = pixels_[pixel_ + i * T::kPixelThreads];
-        if (pixel.from != Conv3x3DirectPixel::kOutside) copy_async_4(to + pixel.to, from_x_ + pixel.from);
+      for (int first = 0; first < kPixels; first += kAtATime) {
+        Conv3x3DirectPixel pixels[kAtATime];
+#pragma unroll
+        for (int i = 0; i < kAtATime && first + i < kPixels; ++i) {
+          pixels[i] = pixels_[pixel_ + (first + i) * T::kPixelThreads];
+        }
+#pragma unroll
+        for (int i = 0; i < kAtATime && first + i < kPixels; ++i) {
+          copy_async_4_if(pixels[i].from != Conv3x3DirectPixel::kOutside, to + pixels[i].to, from_x_ + pixels[i].from);
+        }
       }
     }
     const SharedAddress to = to_w_ + static_cast<unsigned>(buffer * T::kStageW * 4);
@@ -182,9 +190,8 @@ class Conv3x3DirectCopies {
       const int taps = row < rows_ ? count * 9 - tap_ : 0;
 #pragma unroll
       for (int i = 0; i < 9; ++i) {
-        if (i * T::kChunkC < taps) {
-          copy_async_4(to + static_cast<unsigned>(row * kSharedRow + i * T::kChunkC * 4) * 4, from + i * T::kChunkC);
-        }
+        copy_async_4_if(i * T::kChunkC < taps, to + static_cast<unsigned>(row * kSharedRow + i * T::kChunkC * 4) * 4,
+                        from + i * T::kChunkC);
       }
     }
     from_x_ += step_x_;

@@ -110,7 +110,7 @@ void launch_mma(const ConvProblem& prob, const ConvArgs& args, const MmaPlan& pl
 
 extern const ConvAlgo kConv3x3Mma = {"mma",     refuse, cost, mma_packed_bytes, mma_pack,
                                      workspace, launch, plan, RowLayout::kNHWC};
-extern const ConvAlgo kConv3x3MmaTF32Row = {"mma_tf32", refuse_tf32, cost_tf32, mma_packed_bytes, mma_pack,
-                                            workspace,  launch,      plan,      RowLayout::kNHWC};
+extern const ConvAlgo kConv3x3MmaTF32 = {"mma_tf32", refuse_tf32, cost_tf32, mma_packed_bytes, mma_pack,
+                                         workspace,  launch,      plan,      RowLayout::kNHWC};
 
 }  // namespace repvgg::cuda

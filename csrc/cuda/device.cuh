@@ -162,13 +162,19 @@ __device__ __forceinline__ void copy_async_16(SharedAddress to, const void* from
   store_shared_16(to, r[0], r[1], r[2], r[3]);
 #endif
 }
-// The same with 4 bytes, of which both addresses must be a multiple.
-__device__ __forceinline__ void copy_async_4(SharedAddress to, const void* from) {
+// The same with 4 bytes, of which both addresses must be a multiple; nothing where `wanted` is false. A condition that
+// is the instruction's own leaves no branch around it.
+__device__ __forceinline__ void copy_async_4_if(bool wanted, SharedAddress to, const void* from) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %0, 0; @p cp.async.ca.shared.global [%1], [%2], 4; }" ::"r"(
+                   static_cast<int>(wanted)),
+               "r"(to), "l"(from)
+               : "memory");
 #else
-  const uint32_t value = __ldg(static_cast<const uint32_t*>(from));
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+  if (wanted) {
+    const uint32_t value = __ldg(static_cast<const uint32_t*>(from));
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
+  }
 #endif
 }
 // Copies the first `bytes` (0 to 16) and fills the rest with zeros. Nothing is read where bytes is 0.

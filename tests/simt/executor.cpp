@@ -24,9 +24,9 @@ struct Launch {
   void (*body)(void*) = nullptr;
   void* context = nullptr;
   unsigned next_block = 0;
-  void* start = nullptr;  // acquired by every thread
-  std::vector<void*> before,
-      overlap;  // ends of earlier launches: acquired at the start; where the kernel waits for them
+  void* start = nullptr;       // acquired by every thread
+  std::vector<void*> before;   // ends of earlier launches, acquired at the start
+  std::vector<void*> overlap;  // acquired where the kernel waits for them
   void* end = nullptr;
 } current;
 
@@ -52,6 +52,10 @@ std::span<const std::unique_ptr<Thread>> threads_of(const Block& block) {
 
 size_t warps_per_block() { return (current.shape.block + 31) / 32; }
 Warp& warp_at(size_t i) { return *slots[i / warps_per_block()]->warps[i % warps_per_block()]; }
+
+bool same_line(const Where& a, const Where& b) {
+  return a.line() == b.line() && std::strcmp(a.file_name(), b.file_name()) == 0;
+}
 
 bool chance(unsigned one_in) { return generator() % one_in == 0; }
 
@@ -128,8 +132,7 @@ void end_barrier(Block& block) {
   const Thread* first = nullptr;
   for (const auto& thread : threads_of(block)) {
     if (!thread->waits_at_barrier) continue;
-    if (first != nullptr &&
-        (first->where.line() != thread->where.line() || first->where.file_name() != thread->where.file_name())) {
+    if (first != nullptr && !same_line(first->where, thread->where)) {
       running = thread.get();
       diagnose(thread->where, "divergent barriers: thread %u waits at the one in line %u", first->index,
                static_cast<unsigned>(first->where.line()));
@@ -151,21 +154,6 @@ void end_barrier(Block& block) {
   ++totals.barriers;
 }
 
-// Does what the warp has gathered for, once every lane of it that is not gone has arrived.
-bool try_complete(Warp& warp, unsigned i) {
-  Gathering& done = *warp.gatherings[i];
-  if ((done.mask & warp.alive & ~done.arrived) != 0) return false;
-  if (done.what->aligned && done.arrived != 0xFFFFFFFFu) {
-    diagnose(done.where, "%s by lanes %08x only: it takes the whole warp", done.what->name, done.arrived);
-  }
-  std::swap(warp.gatherings[i], warp.gatherings[--warp.open]);
-  if (done.what->run != nullptr) done.what->run(done.lanes, done.arrived, done.where);
-  if (done.arrived == warp.alive) close_requests(warp);
-  warp.runnable |= done.arrived;
-  ++totals.collectives;
-  return true;
-}
-
 LaneOrder& order_of(Warp& warp, uint32_t mask, Where where) {
   for (LaneOrder& order : warp.orders) {
     if (order.mask == mask) return order;
@@ -175,6 +163,22 @@ LaneOrder& order_of(Warp& warp, uint32_t mask, Where where) {
     return order;
   }
   diagnose(where, "more than 8 different masks of __syncwarp in a warp");
+}
+
+// Does what the warp has gathered for, once every lane of it that is not gone has arrived.
+bool try_complete(Warp& warp, unsigned i) {
+  Gathering& done = *warp.gatherings[i];
+  if ((done.mask & warp.alive & ~done.arrived) != 0) return false;
+  if (done.what->aligned && done.arrived != 0xFFFFFFFFu) {
+    diagnose(done.where, "%s by lanes %08x only: it takes the whole warp", done.what->name, done.arrived);
+  }
+  std::swap(warp.gatherings[i], warp.gatherings[--warp.open]);
+  if (done.what->run != nullptr) done.what->run(done.lanes, done.arrived, done.where);
+  if (done.what->orders) ++order_of(warp, done.mask, done.where).turn;
+  if (done.arrived == warp.alive) close_requests(warp);
+  warp.runnable |= done.arrived;
+  ++totals.collectives;
+  return true;
 }
 
 void end_thread() {
@@ -355,10 +359,7 @@ void collective(const Collective& what, uint32_t mask, void* lane, Where where) 
   for (; i < warp.open; ++i) {
     const Gathering& other = *warp.gatherings[i];
     if (other.what != &what || other.mask != mask) continue;
-    if (!what.aligned ||
-        (other.where.line() == where.line() && std::strcmp(other.where.file_name(), where.file_name()) == 0)) {
-      break;
-    }
+    if (!what.aligned || same_line(other.where, where)) break;
   }
   Gathering& mine = *warp.gatherings[i];
   if (i == warp.open) {
@@ -377,7 +378,7 @@ void collective(const Collective& what, uint32_t mask, void* lane, Where where) 
   mine.arrived |= me;
   mine.lanes[thread.lane] = lane;
   warp.runnable &= ~me;
-  if (try_complete(warp, i) && what.orders) ++order_of(warp, mask, where).turn;
+  try_complete(warp, i);
   wait_for_turn();
   if (what.orders) acquire(object);
 }

@@ -107,7 +107,7 @@ def programs_of(csrc: Path = CSRC) -> dict[str, Sequence[Path]]:
     """The sources of every program, without the executor's."""
     kernels = sorted((csrc / "cuda").glob("*.cu"))
     return {
-        "driver": [SIMT / "driver.cpp", *kernels],
+        "driver": [*(SIMT / name for name in ("driver.cpp", "driver_conv.cpp", "driver_fold.cpp")), *kernels],
         "probes": [SIMT / "probes.cu"],
         "selftest": [SIMT / "selftest.cu"],
     }

@@ -17,13 +17,15 @@ class Expectation:
     why: str = ""  # where a number comes from that is no default
     #: The arithmetic instruction of the main loop, from this architecture on: a regular expression for the opcode.
     math: dict[int, str] = field(default_factory=dict)
-    #: The numbers of the main loop hold from this architecture on; opcodes hold on all.
+    #: These numbers hold from this architecture on, opcodes on all.
     numbers_from: int = 75
     min_share: float = 0.0  # of the arithmetic in the main loop
     max_per_math: float = float("inf")  # instructions of the main loop per arithmetic instruction
     max_shared_loads: float = float("inf")  # LDS and LDSM per arithmetic instruction
     max_registers: int = 255
     min_blocks: int = 1  # per multiprocessor; what __launch_bounds__ declares holds beside it
+    #: Architectures whose shared memory holds fewer blocks than that, and how many.
+    fewer_blocks: dict[int, int] = field(default_factory=dict)
     #: Kinds that the main loop must not contain; beside them never LDL or STL, anywhere in the kernel.
     absent: tuple[str, ...] = ("LD", "ST", "CALL", "DFMA", "DADD", "DMUL", "F2F")
     absent_from_sm_80: tuple[str, ...] = ()
@@ -41,6 +43,10 @@ MMA_TYPES = {
     1: {80: r"HMMA\.16816\.F32\.BF16"},
     2: {80: r"HMMA\.1688\.F32\.TF32"},
 }
+#: Half of a multiprocessor's shared memory is 32 KB on sm_75, 49 KB (with what the system keeps) on these others. The
+#: 128-channel tiles of joined images and the 128- and 64-channel ones of stride 2 take 51 to 55 KB.
+HALF_IS_TOO_SMALL = {75: 1}
+LARGE_TILES = {75: 1, 86: 1, 89: 1, 120: 1}
 #: tiles_m, rows, stride -> min_share, max_per_math, max_shared_loads.
 MMA_TILES = {
     ("4", "8", "1"): (0.65, 1.55, 0.19),
@@ -67,6 +73,7 @@ def _mma_rows() -> Iterator[Expectation]:
                 max_shared_loads=loads,
                 max_registers=232,
                 min_blocks=2,
+                fewer_blocks=LARGE_TILES if (tiles_m, rows) in (("4", "7"), ("4", "4")) else HALF_IS_TOO_SMALL,
                 numbers_from=80,
                 absent_from_sm_80=("LDG",),
                 # Tiles with an odd number of pixel rows, those of 9, load the last one as half of a pair.

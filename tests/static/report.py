@@ -29,22 +29,13 @@ def markdown(module: binary.Binary, archs: list[int] | None) -> str:
         if row.loop_math:
             loop = [f"{row.loop_math} {row.math} of {row.loop_total}", f"{row.share:.1%}"]
             loop += [f"{row.loop_total / row.loop_math:.3f}", f"{row.loop_shared_loads / row.loop_math:.3f}"]
-        occupancy = str(gates.blocks(kernel)) if kernel.threads else ""
-        cells = [
-            f"`{row.kernel}`",
-            row.arch,
-            row.registers,
-            row.shared + kernel.dynamic_shared,
-            occupancy,
-            *loop,
-            row.barriers,
-        ]
+        cells = [f"`{row.kernel}`", row.arch, row.registers, row.shared, row.blocks or "", *loop, row.barriers]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
 def write_baseline(folder: Path) -> None:
-    module = binary.read(next(folder.glob("repvgg_cuda/_C*")))
+    module = gates.with_dynamic_shared(binary.read(next(folder.glob("repvgg_cuda/_C*"))))
     target = gates.baseline_folder(module)
     gates.write_csv(target / "kernels.csv", [gates.row(kernel) for kernel in module.kernels])
     gates.write_csv(target / "files.csv", gates.file_rows(folder / "objects"))

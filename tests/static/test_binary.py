@@ -58,6 +58,13 @@ def check_each(module: binary.Binary, gate: Callable[[binary.Kernel], Iterable[g
     fail_with(finding for kernel in module.kernels for finding in gate(kernel))
 
 
+def with_dynamic_shared(module: binary.Binary) -> binary.Binary:
+    try:
+        return gates.with_dynamic_shared(module)
+    except sass.ToolMissing as missing:
+        pytest.skip(str(missing))
+
+
 def test_every_architecture_is_in_the_binary(module: binary.Binary) -> None:
     if GATE:
         expected, newest = {75, 80, 86, 89, 90, 100, 120}, {120}
@@ -89,11 +96,7 @@ def test_no_kernel_uses_local_memory(module: binary.Binary) -> None:
 def test_blocks_per_multiprocessor_are_as_declared(module: binary.Binary) -> None:
     if not module.ptx_archs:
         pytest.skip("launch bounds stand in the PTX, of which this build has none (TORCH_CUDA_ARCH_LIST without +PTX)")
-    try:
-        launched = gates.with_dynamic_shared(module)
-    except sass.ToolMissing as missing:
-        pytest.skip(str(missing))
-    check_each(launched, gates.check_occupancy)
+    check_each(with_dynamic_shared(module), gates.check_occupancy)
 
 
 def test_main_loops_are_made_of_what_they_should_be(disassembled: binary.Binary) -> None:
@@ -104,7 +107,8 @@ def test_nothing_is_worse_than_the_baseline(disassembled: binary.Binary) -> None
     path = gates.baseline_folder(disassembled) / "kernels.csv"
     if not path.is_file():
         pytest.skip(f"no baseline for ptxas {disassembled.compiler}: make static-baseline")
-    fail_with(sorted(gates.check_baseline(disassembled.kernels, gates.read_csv(path, gates.Row))))
+    kernels = with_dynamic_shared(disassembled).kernels
+    fail_with(sorted(gates.check_baseline(kernels, gates.read_csv(path, gates.Row))))
 
 
 def test_objects_are_not_larger_nor_slower_to_compile(module: binary.Binary) -> None:

@@ -152,7 +152,9 @@ __device__ __forceinline__ void copy_async_16_or_zero(SharedAddress to, const vo
 __device__ __forceinline__ void copy_async_16(SharedAddress to, const void* from, Where where = Where::current()) {
   copy_async_16_or_zero(to, from, 16, where);
 }
-__device__ __forceinline__ void copy_async_4(SharedAddress to, const void* from, Where where = Where::current()) {
+__device__ __forceinline__ void copy_async_4_if(bool wanted, SharedAddress to, const void* from,
+                                                Where where = Where::current()) {
+  if (!wanted) return;
   char* target = simt::shared_pointer(to, 4, where);
   simt::check_aligned(from, 4, where);
   const Word value = *static_cast<const Word*>(from);
