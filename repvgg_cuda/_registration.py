@@ -75,10 +75,10 @@ def _blocks(
     }
     for name, values in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):
         sizes[name] = (values, len(tensors_per_block))
-    for name, (values, size) in sizes.items():
+    for name, (given, size) in sizes.items():
         require(
-            len(values) == size,
-            f"fuse_weights_batch: {name} must have {size} entries for these tensors_per_block, got {len(values)}",
+            len(given) == size,
+            f"fuse_weights_batch: {name} must have {size} entries for these tensors_per_block, got {len(given)}",
         )
     all_tensors, all_eps = iter(tensors), iter(bn_eps)
     return [
