@@ -327,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
         chosen = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in args.patterns)]
         with args.state.open("a") as state:
             for name in chosen:
-                if name in known and not args.again:
+                if name in known and "failure" not in known[name] and not args.again:
                     continue
                 row = known[name] = row_of(timm, name, args.seconds)
                 state.write(json.dumps(row) + "\n")

@@ -34,7 +34,16 @@ def timm(coverage: Any) -> Any:
         pytest.skip(f"timm is not installed: {error}")
 
 
-@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0", "repvit_m0_9", "fastvit_t8", "repghostnet_050"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "repvgg_a0",
+        pytest.param("mobileone_s0", marks=pytest.mark.slow),
+        "repvit_m0_9",
+        "fastvit_t8",
+        "repghostnet_050",
+    ],
+)
 def test_every_sum_is_folded(name: str, timm: Any, coverage: Any) -> None:
     row = coverage.row_of(timm, name, seconds=600)
     assert "failure" not in row
