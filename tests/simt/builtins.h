@@ -109,7 +109,7 @@ inline uint32_t vote(const Collective& what, uint32_t mask, bool predicate, Wher
 template <class T>
 T* atomic(T* address, Where where) {
   check_aligned(address, sizeof *address, where);
-  before_atomic(where);
+  before_atomic(address, where);
   return address;
 }
 

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <random>
 #include <span>
 
@@ -36,8 +37,11 @@ struct Launch {
 // The launches since the last synchronize, oldest first: their ends, what their threads read.
 std::vector<void*> unfinished;
 std::vector<std::shared_ptr<void>> contexts;
-void* const device_fence = new_object();
-std::vector<std::unique_ptr<Block>> all_slots;  // kept from launch to launch, with their threads
+std::map<const void*, void*> atomics;  // what was published with an atomic operation on an address
+// Kept from launch to launch, with their threads. A launch that may overlap with the one before has others: a thread
+// would know what that one waited for.
+std::vector<std::unique_ptr<Block>> all_slots[2];
+int slots_index = 0;
 std::span<const std::unique_ptr<Block>> slots;  // of this launch
 std::mt19937_64 generator;
 bool block_ended = false;  // then the driver is next, which starts another one
@@ -242,7 +246,7 @@ void begin_block(Block& block) {
   block.waiting = 0;
   block.waited = false;
   for (void*& order : block.order) order = new_object();
-  block.fence = new_object();
+  for (void** object : {&block.fence, &block.published, &block.observed}) *object = new_object();
   for (const auto& warp : block.warps) {
     warp->alive = warp->runnable = 0;
     for (LaneOrder& order : warp->orders) order = {};
@@ -315,6 +319,7 @@ const char* launch(const char* name, Shape shape, void (*body)(void*), std::shar
       before.pop_back();
     }
     overlap = unfinished;
+    slots_index ^= 1;
   }
   current = {name, shape, body, context.get(), 0, new_object(), before, overlap, new_object(), false};
   unfinished.push_back(current.end);
@@ -325,8 +330,9 @@ const char* launch(const char* name, Shape shape, void (*body)(void*), std::shar
   generator.seed(schedule.seed);
   last_warp = 0;
   const size_t count = std::min(std::max(schedule.blocks_at_once, 1u), shape.grid);
-  while (all_slots.size() < count) all_slots.push_back(std::make_unique<Block>());
-  slots = std::span(all_slots).first(count);
+  auto& kept = all_slots[slots_index];
+  while (kept.size() < count) kept.push_back(std::make_unique<Block>());
+  slots = std::span(kept).first(count);
   for (const auto& slot : slots) prepare_slot(*slot);
   run_grid();
   ++totals.launches;
@@ -400,19 +406,25 @@ void collective(const Collective& what, uint32_t mask, void* lane, Where where) 
   if (what.orders) acquire(object);
 }
 
-// PTX: fence.sc operations are ordered, and each synchronizes with those behind it (section "Memory synchronization");
-// __threadfence is one. Here the order is the one in which they run.
+// Of the block: its fences in the order in which they run. Of the device: a fence, what is ordered before an atomic
+// operation, another block's operation on the same address that sees it, a fence there (PTX ISA, "Release and acquire
+// patterns", and for fences of threads that a barrier joins, "Fence-SC order").
 void fence(Scope scope) {
-  void* const own = running->block->fence;
-  for (void* object : {own, scope == Scope::kDevice ? device_fence : own}) {
-    acquire(object);
-    release(object);
-  }
+  Block& block = *running->block;
+  acquire(block.fence);
+  release(block.fence);
+  if (scope == Scope::kBlock) return;
+  acquire(block.observed);
+  release(block.published);
 }
 
-void before_atomic(Where where) {
+void before_atomic(const void* address, Where where) {
   running->where = where;
   if (slots.size() > 1) wait_for_turn();  // another block may come first
+  void*& object = atomics[address];
+  if (object == nullptr) object = new_object();
+  forward(object, running->block->observed);
+  forward(running->block->published, object);
 }
 
 }  // namespace simt

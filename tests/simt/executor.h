@@ -74,7 +74,7 @@ void block_barrier(Where where);
 enum class Scope { kBlock, kDevice };
 void fence(Scope scope);
 // Just before an atomic operation.
-void before_atomic(Where where);
+void before_atomic(const void* address, Where where);
 
 // The block's own array for this `site`, made on first use. A site is one RVG_SHARED in one instance of a template.
 void* shared_array(const void* site, const char* name, size_t bytes, Where where);

@@ -20,6 +20,7 @@ void __asan_unpoison_memory_region(const volatile void* begin, size_t size);
 extern "C" {
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned flags);
+void __tsan_destroy_fiber(void* fiber);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void __tsan_acquire(void* object);
 void __tsan_release(void* object);
@@ -63,6 +64,8 @@ constexpr size_t kStackSize = 64 * 1024;
 #endif
 constexpr size_t kGuard = 4096;
 [[maybe_unused]] constexpr unsigned kNoSync = 1;
+// A fiber knows from the start what its creator knew; this creator knows nothing of the kernels.
+[[maybe_unused]] void* creator = nullptr;
 
 }  // namespace
 
@@ -79,6 +82,7 @@ Context::Context() {
 #endif
 #ifdef SIMT_TSAN
   tsan_fiber_ = __tsan_get_current_fiber();
+  creator = __tsan_create_fiber(0);
 #endif
 }
 
@@ -149,6 +153,19 @@ void* new_object() {
   return chunk + used++;
 #else
   return nullptr;
+#endif
+}
+
+void forward([[maybe_unused]] void* from, [[maybe_unused]] void* to) {
+#ifdef SIMT_TSAN
+  void* running = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(creator, kNoSync);
+  void* carrier = __tsan_create_fiber(0);
+  __tsan_switch_to_fiber(carrier, kNoSync);
+  __tsan_acquire(from);
+  __tsan_release(to);
+  __tsan_switch_to_fiber(running, kNoSync);
+  __tsan_destroy_fiber(carrier);
 #endif
 }
 

@@ -43,6 +43,8 @@ void acquire(void* object);
 void release(void* object);
 // An address that was never an object before.
 void* new_object();
+// What was acquired into `from` (an object) is released to `to`, past the running fiber's own clock.
+void forward(void* from, void* to);
 // Forgets all earlier accesses to these whole pages. True: they are zero now.
 bool forget_accesses(void* pages, size_t bytes);
 

@@ -165,6 +165,8 @@ class Bench:
             shutil.copytree(harness.CSRC, csrc)
             target = csrc / "cuda" / mutant.file
             text = target.read_text()
+            if text.count("\n", 0, mutant.begin) + 1 != mutant.line:
+                raise RuntimeError(f"{mutant.name}: the kernels were edited meanwhile")
             target.write_text(text[: mutant.begin] + mutant.text + text[mutant.end :])
         objects = {path.name: path for path in (BASE / mode).glob("*.executor.o")}
         for source in harness.programs_of()["driver"]:

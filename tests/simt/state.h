@@ -87,7 +87,9 @@ struct Block {
   bool waited = false;  // some thread has, for the launch before
   unsigned index = 0, alive = 0, waiting = 0;
   uint64_t barriers = 0;
-  void* fence = nullptr;  // released and acquired by its threads' fences
+  void* fence = nullptr;      // released and acquired by its threads' fences
+  void* published = nullptr;  // what fences of the device hand to the atomic operations behind them
+  void* observed = nullptr;   // what atomic operations hand to the fences behind them
   void* order[2] = {};  // of even and odd barriers: a fast thread's next release must not reach a slow thread's acquire
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<std::unique_ptr<Warp>> warps;
