@@ -69,18 +69,21 @@ def _blocks(
     for count in tensors_per_block:
         require(count >= 1, f"fuse_weights_batch: tensors_per_block must be at least 1, got {count}")
     batchnorms = [-(-count // TENSORS_PER_BRANCH) for count in tensors_per_block]
-    sizes = {"tensors": (tensors, sum(tensors_per_block)), "bn_eps": (bn_eps, sum(batchnorms))}
+    sizes: dict[str, tuple[Sequence[object], int]] = {
+        "tensors": (tensors, sum(tensors_per_block)),
+        "bn_eps": (bn_eps, sum(batchnorms)),
+    }
     for name, values in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):
         sizes[name] = (values, len(tensors_per_block))
-    for name, (values, size) in sizes.items():
+    for name, (given, size) in sizes.items():
         require(
-            len(values) == size,
-            f"fuse_weights_batch: {name} must have {size} entries for these tensors_per_block, got {len(values)}",
+            len(given) == size,
+            f"fuse_weights_batch: {name} must have {size} entries for these tensors_per_block, got {len(given)}",
         )
     all_tensors, all_eps = iter(tensors), iter(bn_eps)
     return [
-        (list(islice(all_tensors, count)), list(islice(all_eps, eps)), *geometry)
-        for count, eps, *geometry in zip(tensors_per_block, batchnorms, in_channels, out_channels, groups, strict=True)
+        (list(islice(all_tensors, count)), list(islice(all_eps, eps)), C, K, g)
+        for count, eps, C, K, g in zip(tensors_per_block, batchnorms, in_channels, out_channels, groups, strict=True)
     ]
 
 

@@ -26,7 +26,6 @@ from repvgg_cuda.console import naming, positive, progress, require_target
 from repvgg_cuda.conversion import model_for
 from repvgg_cuda.models import model_names
 from repvgg_cuda.modules import RepConv3x3
-from repvgg_cuda.preparation import prepare
 from repvgg_cuda.reference import ACTIVATIONS
 from repvgg_cuda.structure import has_branches
 from repvgg_cuda.tensor_files import atomic_file, atomic_path
@@ -246,20 +245,16 @@ def export_pt2(
 
 
 def export_aoti(
-    model: nn.Module,
-    example: Tensor | Sequence[Tensor],
-    path: str | Path,
-    *,
-    dynamic: bool = True,
-    keep_packed: bool = True,
+    model: nn.Module, example: Tensor | Sequence[Tensor], path: str | Path, *, dynamic: bool = True
 ) -> Exported:
     """Compiles the model ahead of time: ``torch._inductor.aoti_load_package(path)``, after ``import repvgg_cuda``.
 
-    A package is machine code for this kind of CPU, so the packed weights of a prepared model stay in it. Needs a C++
-    compiler. Arguments and errors: as :func:`export_pt2`.
+    A package is machine code for this kind of CPU. Packed weights of a prepared model are left out all the same: the
+    package does not keep them aligned as the operators need them. Needs a C++ compiler. Arguments and errors: as
+    :func:`export_onnx`; path: ``.pt2``.
     """
     path = _target(path, ".pt2")
-    program, notes = _program(model, example, dynamic, keep_packed)
+    program, notes = _program(model, example, dynamic, keep_packed=False)
     with atomic_path(path) as temporary:
         try:
             torch._inductor.aoti_compile_and_package(program, package_path=str(temporary))
@@ -300,14 +295,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eps", type=float, help="of the BatchNorms; default: that with which the zoo trains")
     parser.add_argument("--image-size", type=positive, metavar="PIXELS", help="default: that of the model, 224 or 320")
     parser.add_argument("--fixed", action="store_true", help="one image of that size for good; default: any")
-    parser.add_argument("--prepare", action="store_true", help="aoti: pack the weights for that size, for this machine")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
 
 
 def run(args: argparse.Namespace) -> int:
     """``repvgg-cuda export``."""
     require(args.to != "torchscript", f"--to torchscript: {_TORCHSCRIPT}")
-    require(not args.prepare or args.to == "aoti", "--prepare: packed weights are kept in aoti packages only")
     _target(args.output, ".onnx" if args.to == "onnx" else ".pt2")
     require_target(args.input, args.output, args.force)
     with progress() as show:
@@ -317,8 +310,6 @@ def run(args: argparse.Namespace) -> int:
         size = args.image_size or demo.input_size(args.model)[1]
         weight = model.get_parameter("stage0.rbr_reparam.weight")
         example = torch.zeros(1, weight.shape[1], size, size, dtype=weight.dtype)
-        if args.prepare:
-            prepare(model, example)
         show(f"exporting to {args.to}")
         exported = export(model, example, args.output, to=args.to, dynamic=not args.fixed)
     print(f"{args.input} -> {args.output} ({args.to}, {exported.size:,} bytes)")

@@ -93,8 +93,8 @@ def prepack(
         1-D uint8, on the CPU: a header of 128 bytes that names the algorithm, and the packed weights (none for
         algorithms that read weights as they are). It is for this version, and for the instruction set it was made on:
         on a machine with another one the algorithm stays and weights are packed in every call. For a ``weight`` on a
-        GPU it is the header alone, which owns the weights packed in the GPU's memory: a copy of it is refused. Inputs
-        of 16-bit types on a GPU are taken to be channels_last when ``"auto"`` chooses.
+        GPU it is the header alone, which owns the weights packed in the GPU's memory; with a copy of it weights are
+        packed in every call. Inputs of 16-bit types on a GPU are taken to be channels_last when ``"auto"`` chooses.
     Raises:
         RuntimeError: arguments disagree, or the named ``algorithm`` refuses them; the message says which and why.
     Note:

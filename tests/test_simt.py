@@ -213,6 +213,19 @@ def test_probes_memory(probes: dict[str, Any]) -> None:
         np.testing.assert_array_equal(np.ascontiguousarray(out[lane]).view("u1"), kept)
 
 
+def test_probes_other_loads(probes: dict[str, Any]) -> None:
+    words, out = probes["copy_async_4"]["in"], probes["copy_async_4"]["out"]
+    copied = (np.arange(12)[None, :] + np.arange(32)[:, None]) % 3 != 0
+    np.testing.assert_array_equal(out, np.where(copied, words, 7))
+    words, out = probes["global_loads"]["in"], probes["global_loads"]["out"]
+    np.testing.assert_array_equal(out[:, :7], words[:, [8, 9, 10, 11, 2, 3, 6]])
+    words, out = probes["load_float"]["in"], probes["load_float"]["out"]
+    halves = np.ascontiguousarray(words[:, :2])
+    np.testing.assert_array_equal(out[:, :4], words[:, :4])
+    np.testing.assert_array_equal(out[:, 4:8], halves.view("<f2").astype("<f4").view("<u4"))
+    np.testing.assert_array_equal(out[:, 8:], halves.view("<u2").astype("<u4") << 16)
+
+
 def test_probes_warp(probes: dict[str, Any]) -> None:
     words, out = probes["warp"]["in"], probes["warp"]["out"]
     value, lane = words[:, 0], np.arange(32)
@@ -293,6 +306,7 @@ DEEP_CASES = (
     Case("deep", 2, 96, 8, 16, 72, stride=2),
     Case("deep-g2", 1, 128, 10, 9, 96, groups=2),
     Case("virtual-rows", 5, 32, 14, 14, 32),
+    Case("stem", 1, 3, 17, 18, 24, stride=2),
 )
 ALL_CASES = (*testing.EDGE_CASES, *DEEP_CASES, *testing.REPVGG_LAYERS)
 

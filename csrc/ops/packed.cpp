@@ -7,8 +7,11 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <functional>
 #include <limits>
+#include <mutex>
 #include <string_view>
+#include <unordered_set>
 
 #include "cpu/algos.h"
 #include "ops/layer.h"
@@ -89,16 +92,46 @@ Tensor allocate(int64_t payload_bytes) {
   return torch::stable::narrow(whole, 0, payload - kHeaderBytes, bytes);
 }
 
+// The addresses of the headers that own something. Never destroyed: tensors may be freed after static objects.
+class Owners {
+ public:
+  static void add(const void* header) {
+    locked([&](auto& live) { live.insert(header); });
+  }
+  static void remove(const void* header) {
+    locked([&](auto& live) { live.erase(header); });
+  }
+  static bool contain(const void* header) {
+    bool found = false;
+    locked([&](auto& live) { found = live.count(header) > 0; });
+    return found;
+  }
+
+ private:
+  using Live = std::unordered_set<const void*>;
+  static void locked(const std::function<void(Live&)>& f) {
+    static auto& mutex = *new std::mutex;
+    static auto& live = *new Live;
+    const std::lock_guard<std::mutex> lock(mutex);
+    f(live);
+  }
+};
+
 // A header on its own that owns `payload`.
 struct OwningHeader {
   PackedHeader header;
   Tensor payload;
+
+  OwningHeader(const PackedHeader& made, Tensor packed) : header(made), payload(std::move(packed)) {
+    header.owner = &header;
+    Owners::add(&header);
+  }
+  ~OwningHeader() { Owners::remove(&header); }
 };
 
 Tensor owning_header(const Where& where, PackedHeader header, Tensor payload) {
   check(torch_from_blob != nullptr, where, "packing weights on a GPU needs torch 2.11 or later");
-  auto* const owner = new OwningHeader{header, std::move(payload)};
-  owner->header.owner = &owner->header;
+  auto* const owner = new OwningHeader(header, std::move(payload));
   const int64_t size = kHeaderBytes, stride = 1;
   AtenTensorHandle handle = nullptr;
   const auto free_owner = [](void*, void* context) { delete static_cast<OwningHeader*>(context); };
@@ -127,13 +160,10 @@ const ConvAlgo* choose_packed(const Where& where, const ConvProblem& prob, const
   return algo;
 }
 
-// Checks what lies on the GPU.
+// What lies on the GPU, checked; nullptr for a copy of the header, whose original may have freed it.
 const void* device_payload(const Where& where, const PackedHeader& header, const void* address, const Tensor& weight,
                            int64_t bytes) {
-  if (bytes == 0) return nullptr;
-  if (header.owner != address) {
-    fail(where, "packed is a copy, which does not own the weights packed on the GPU; call prepack again");
-  }
+  if (bytes == 0 || header.owner != address || !Owners::contain(address)) return nullptr;
   if (header.device_index != weight.get_device_index()) {
     fail(where, "packed was made on cuda:", header.device_index, ", but weight is on ", device_name(weight),
          "; call prepack again");

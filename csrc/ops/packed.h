@@ -42,7 +42,7 @@ Tensor prepack(const Tensor& weight, const std::vector<int64_t>& input_size, int
 // What packed weights say.
 struct Packed {
   const ConvAlgo* algo;  // nullptr: aten
-  const void* payload;   // nullptr: there is none, or it is for another instruction set
+  const void* payload;   // nullptr: there is none, it is for another instruction set, or was left on the GPU by a copy
 };
 
 // Checks that `packed` was made from `weight` for such a layer. Throws std::runtime_error, with the remedy, if not.

@@ -28,6 +28,9 @@ struct Launch {
   std::vector<void*> before;   // ends of earlier launches, acquired at the start
   std::vector<void*> overlap;  // acquired where the kernel waits for them
   void* end = nullptr;
+  // A block has ended, or let the next launch start, before it waited for the launch before this one: the next one may
+  // run beside both.
+  bool early = false;
 } current;
 
 // The launches since the last synchronize, oldest first: their ends, what their threads read.
@@ -194,6 +197,7 @@ void end_thread() {
   warp.runnable &= ~(1u << thread.lane);
   --block.alive;
   block_ended = block_ended || block.alive == 0;
+  if (block.alive == 0 && !block.waited) current.early = true;
   if (warp.alive == 0) close_requests(warp);
   if (block.alive > 0 && block.waiting == block.alive) end_barrier(block);
   for (unsigned i = 0; i < warp.open;) i += try_complete(warp, i) ? 0 : 1;
@@ -236,6 +240,7 @@ void begin_block(Block& block) {
   block.index = current.next_block++;
   block.alive = current.shape.block;
   block.waiting = 0;
+  block.waited = false;
   for (void*& order : block.order) order = new_object();
   block.fence = new_object();
   for (const auto& warp : block.warps) {
@@ -300,11 +305,18 @@ const char* launch(const char* name, Shape shape, void (*body)(void*), std::shar
       shape.dynamic_shared > 227 * 1024) {
     return "invalid configuration argument";
   }
-  current = {name, shape, body, context.get(), 0, new_object(), unfinished, {}, new_object()};
+  // Without overlap everything before has ended. With it, the launch just before may still run, and what that one did
+  // not wait for.
+  std::vector<void*> before = unfinished, overlap;
   if (shape.overlap && gpu.capability >= 90 && !unfinished.empty()) {
-    current.before.pop_back();
-    current.overlap = {unfinished.back()};
+    if (current.early && !current.overlap.empty()) {
+      before = current.before;
+    } else {
+      before.pop_back();
+    }
+    overlap = unfinished;
   }
+  current = {name, shape, body, context.get(), 0, new_object(), before, overlap, new_object(), false};
   unfinished.push_back(current.end);
   contexts.push_back(std::move(context));
   gridDim = {shape.grid, 1, 1};
@@ -328,7 +340,12 @@ void synchronize() {
 }
 
 void wait_for_previous() {
+  running->block->waited = true;
   for (void* end : current.overlap) acquire(end);
+}
+
+void let_next_start() {
+  if (!running->block->waited) current.early = true;
 }
 
 unsigned lane_index() { return running->lane; }

@@ -65,8 +65,9 @@ struct Shape {
 // Runs body(context) in every thread; the context lives until the next synchronize. The text of the CUDA error, or
 // nullptr.
 const char* launch(const char* name, Shape shape, void (*body)(void*), std::shared_ptr<void> context);
-// griddepcontrol.wait
+// griddepcontrol.wait and .launch_dependents
 void wait_for_previous();
+void let_next_start();
 
 void block_barrier(Where where);
 

@@ -224,8 +224,8 @@ _TILED = (
 )
 _STEM = (
     "2,3,9,11,24,2,1,float16,nchw,relu,bias",
-    "1,3,8,34,72,1,1,float16,nhwc,relu,bias",
-    "1,2,5,7,8,1,1,float16,nhwc,identity,bias",
+    "1,3,8,67,72,2,1,float16,nhwc,relu,bias",
+    "1,2,5,7,8,2,1,float16,nhwc,identity,bias",
 )
 _FUSE = (
     "fuse,6,8,float32,1,1,0,bn,bn+fuse,5,12,float16,1,1,0,bn,none",

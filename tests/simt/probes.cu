@@ -155,6 +155,42 @@ struct CopyAsync {
     for (int i = 0; i < 4; ++i) lane.out[8 + i] = r[i];
   }
 };
+// 4 bytes a copy, of every third none: there stays what was stored before.
+struct CopyAsync4 {
+  __device__ void operator()(const Lane& lane) const {
+    const SharedAddress to = shared_address(dynamic_shared()) + 48 * static_cast<uint32_t>(lane.lane);
+    for (int i = 0; i < 3; ++i) store_shared_16(to + 16 * i, 7, 7, 7, 7);
+    for (int i = 0; i < kWords; ++i) copy_async_4_if((i + lane.lane) % 3 != 0, to + 4 * i, lane.in + i);
+    commit_copies();
+    wait_copies<0>();
+    for (int i = 0; i < 3; ++i) {
+      uint32_t r[4];
+      load_shared_16(r, to + 16 * i);
+      for (int e = 0; e < 4; ++e) lane.out[4 * i + e] = r[e];
+    }
+  }
+};
+struct GlobalLoads {
+  __device__ void operator()(const Lane& lane) const {
+    uint32_t r[4];
+    load_global_16_written(r, lane.in + 8);
+    for (int i = 0; i < 4; ++i) lane.out[i] = r[i];
+    load_global_8(r[0], r[1], lane.in + 2);
+    lane.out[4] = r[0];
+    lane.out[5] = r[1];
+    lane.out[6] = static_cast<uint32_t>(computed_again(static_cast<int>(lane.in[6])));
+  }
+};
+// The words as floats; their halves as numbers of 16 bits.
+struct LoadFloat {
+  __device__ void operator()(const Lane& lane) const {
+    for (int i = 0; i < 4; ++i) {
+      lane.out[i] = float_bits(load_float(lane.in, DType::kFloat32, i));
+      lane.out[4 + i] = float_bits(load_float(lane.in, DType::kFloat16, i));
+      lane.out[8 + i] = float_bits(load_float(lane.in, DType::kBFloat16, i));
+    }
+  }
+};
 // The built-in functions that kernels use.
 struct Warp {
   __device__ void operator()(const Lane& lane) const {
@@ -262,6 +298,9 @@ void run() {
   probe("shared_16", "bits", any_bits, any_bits, Shared16());
   probe("global", "bits", any_bits, any_bits, Global());
   probe("copy_async", "bits", any_bits, any_bits, CopyAsync());
+  probe("copy_async_4", "bits", any_bits, any_bits, CopyAsync4());
+  probe("global_loads", "bits", any_bits, any_bits, GlobalLoads());
+  probe("load_float", "bits", fraction_halves, fraction_halves, LoadFloat());
   probe("warp", "bits", any_bits, any_bits, Warp());
   probe("pack_pair_float16", "bits", some_float, no_nan, PackPair<MmaType::kFloat16>());
   probe("pack_pair_bfloat16", "bits", some_float, no_nan, PackPair<MmaType::kBFloat16>());

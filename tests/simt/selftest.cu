@@ -283,6 +283,26 @@ void dependent() {
 // -------------------------------------------------------------------------------------------------- addresses and
 // launches
 
+// Three launches: the second lets the third start before it has waited for the first, of which the third reads.
+template <bool kEarly>
+__global__ void middle_kernel(const uint32_t* in, uint32_t* out) {
+  if (kEarly) let_next_kernel_start();
+  wait_for_previous_kernel();
+  if (!kEarly) let_next_kernel_start();
+  out[threadIdx.x] = in[threadIdx.x];
+}
+__global__ void last_kernel(const uint32_t* first, uint32_t* out) { out[threadIdx.x] = first[threadIdx.x ^ 1]; }
+template <bool kEarly>
+void chain() {
+  simt::gpu.capability = 90;
+  const Words a(32), b(32), c(32), d(32);
+  launch_kernel("first", dependent_kernel<true>, {1, 32}, nullptr, a.data.get(), b.data.get());
+  launch_kernel("second", middle_kernel<kEarly>, {1, 32, 0, true}, nullptr, b.data.get(), c.data.get());
+  launch_kernel("third", last_kernel, {1, 32, 0, true}, nullptr, b.data.get(), d.data.get());
+  simt::synchronize();
+  for (uint32_t i = 0; i < 32; ++i) require(d.data[i] == 32 - (i ^ 1));
+}
+
 enum class Address {
   kShared,
   kLdmatrix,
@@ -382,6 +402,8 @@ constexpr Test kTests[] = {
     {"histogram", "clean", histogram},
     {"blocks that write the same word", "race", same_word},
     {"dependent launches", "clean", dependent<true>},
+    {"three dependent launches", "clean", chain<false>},
+    {"three dependent launches, the second lets go too early", "race", chain<true>},
     {"dependent launches without the wait", "race", dependent<false>},
     {"a misaligned shared load", "/is no multiple of 16", address<Address::kShared>},
     {"a misaligned row of ldmatrix", "/is no multiple of 16", address<Address::kLdmatrix>},

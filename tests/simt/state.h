@@ -84,6 +84,7 @@ class Window {
 // A slot for blocks of the grid, one after another.
 struct Block {
   bool busy = false;
+  bool waited = false;  // some thread has, for the launch before
   unsigned index = 0, alive = 0, waiting = 0;
   uint64_t barriers = 0;
   void* fence = nullptr;  // released and acquired by its threads' fences

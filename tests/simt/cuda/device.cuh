@@ -64,7 +64,11 @@ inline void describe_gpu(int, int* capability, int* multiprocessors) {
   *multiprocessors = simt::gpu.multiprocessors;
 }
 
-inline void fill_zero(void* memory, int64_t bytes, void*) { std::memset(memory, 0, static_cast<size_t>(bytes)); }
+// After the launches before it, and before those behind it.
+inline void fill_zero(void* memory, int64_t bytes, void*) {
+  simt::synchronize();
+  std::memset(memory, 0, static_cast<size_t>(bytes));
+}
 
 // ------------------------------------------------------------------------------------------- device: shared memory
 
@@ -176,7 +180,7 @@ __device__ __forceinline__ void wait_copies() {
 }
 
 __device__ __forceinline__ void wait_for_previous_kernel() { simt::wait_for_previous(); }
-__device__ __forceinline__ void let_next_kernel_start() {}
+__device__ __forceinline__ void let_next_kernel_start() { simt::let_next_start(); }
 
 // ------------------------------------------------------------------------------------------- device: tensor cores
 
