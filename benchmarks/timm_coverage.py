@@ -265,9 +265,10 @@ def as_markdown(rows: list[dict[str, Any]], version: str, total: int) -> str:
         "were not found.",
         "",
         "Random weights and disturbed BatchNorm statistics. *expected*: sums that timm's classes fold; 0 where timm "
-        "leaves them, as the position encodings `x + conv(x)`. *found*, *folded*: by the graph pass, which knows no class. Errors: the largest of the output "
-        "against the trained model in float64, relative to the largest output; *trained* is that of the model as it "
-        "was. Parameters after include conv-BatchNorm chains, which timm folds in some models only.",
+        "leaves them, as the position encodings `x + conv(x)`. *found*, *folded*: by the graph pass, which knows no "
+        "class. Errors: the largest of the output against the trained model in float64, relative to the largest "
+        "output; *trained* is that of the model as it was. Parameters after include conv-BatchNorm chains, "
+        "which timm folds in some models only.",
         "",
         "| model | px | expected | found | folded | error | timm's | trained | parameters | after | timm's | remarks |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
