@@ -92,6 +92,27 @@ def expected_refusal(name: str, case: testing.Case, dtype: torch.dtype) -> str |
     return None
 
 
+def expected_cuda_refusal(name: str, case: testing.Case, dtype: torch.dtype) -> str | None:
+    """What each row cannot do on some GPU that is not known."""
+    half = name in ("mma", "stem")
+    if (dtype in (torch.float16, torch.bfloat16)) != half or dtype == torch.float64:
+        return "x must be float16 or bfloat16" if half else "x must be float32"
+    if name in ("direct", "direct_split"):
+        return None
+    if name == "stem":
+        refusals = {
+            "groups must be 1": case.groups > 1,
+            "stride must be 2": case.stride == 1,
+            "in_channels must be at most 3": case.C > 3,
+            "out_channels must be a multiple of 8": case.K % 8 != 0,
+        }
+        return next((text for text, refused in refusals.items() if refused), None)
+    multiple = 8 if name == "mma" else 4
+    if case.C // case.groups % multiple or case.K // case.groups % multiple:
+        return f"in_channels and out_channels must be multiples of {multiple} in each group"
+    return None
+
+
 def test_refusals_are_pinned() -> None:
     """Nothing is refused but for these reasons; `aten` refuses nothing."""
     if _ext.module is None:
@@ -102,13 +123,15 @@ def test_refusals_are_pinned() -> None:
                 for channels_last in (False, True):
                     shape, geometry = (case.N, case.C, case.H, case.W), (case.K, case.stride, case.groups)
                     why = _ext.module.refusal(name, device, -1, shape, *geometry, str(dtype)[6:], channels_last, "relu")
-                    cuda = None if dtype == torch.float32 else "x must be float32"
-                    want = cuda if device == "cuda" else expected_refusal(name, case, dtype)
+                    expected = expected_cuda_refusal if device == "cuda" else expected_refusal
+                    want = expected(name, case, dtype)
                     assert why == want, (name, case)
     x, weight, _ = testing.EDGE_CASES[0].tensors()
     assert repvgg_cuda.refusal("aten", x, weight) is None
     names = ["planar", "stem", "winograd4", "winograd2", "polyphase", "direct", "winograd6", "aten"]
     assert repvgg_cuda.algorithms("cpu") == names
+    if _ext.has_cuda_kernels():
+        assert repvgg_cuda.algorithms("cuda") == ["mma", "stem", "direct", "direct_split", "mma_tf32", "aten"]
 
 
 def test_a_named_algorithm_is_not_swapped_for_another() -> None:

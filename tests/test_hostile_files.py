@@ -25,19 +25,22 @@ State = dict[str, Any]
 
 
 def refuse(capsys: pytest.CaptureFixture[str], path: Path, *options: str) -> str:
-    """The one line that ``convert`` says to ``path``, for both kinds of output; the folder must stay as it is."""
+    """The one line that ``convert`` says to ``path``, for both kinds of output; the folder must stay as it is.
+
+    In parentheses stands what the library that reads the file said, which may name any one of several tensors.
+    """
     before = {entry: entry.read_bytes() for entry in path.parent.iterdir()}
-    texts = set()
+    texts = []
     for name in ("out.safetensors", "out.pth"):
         assert cli.main(["convert", str(path), str(path.parent / name), *options]) == 1
         out, err = capsys.readouterr()
         assert out == ""
         assert err.startswith(f"error: {path}: ")
         assert err.count("\n") == 1
-        texts.add(err)
+        texts.append(err)
     assert {entry: entry.read_bytes() for entry in path.parent.iterdir()} == before
-    (text,) = texts
-    return text
+    assert len({text.partition(" (")[0] for text in texts}) == 1
+    return texts[0]
 
 
 # ----------------------------------------------------------------------------------------------------------- pickles
