@@ -12,7 +12,7 @@ template <MmaType Type>
 struct PackWeightsTraits {
   static constexpr MmaType kType = Type;
   static constexpr int kElementBytes = Type == MmaType::kTF32 ? 4 : 2, kChunkC = kChunkBytes / kElementBytes;
-  static constexpr int kThreads = 96, kBlocksPerSM = 10;       // 1024 threads on sm_75
+  static constexpr int kThreads = 96, kBlocksPerSM = 6;        // the shared memory of sm_75
   static constexpr int kRow = kChunkC * 9, kPitch = kRow + 2;  // of a staged output channel; + 2 spreads the banks
 };
 

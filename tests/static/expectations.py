@@ -23,6 +23,8 @@ class Expectation:
     max_per_math: float = float("inf")  # instructions of the main loop per arithmetic instruction
     max_shared_loads: float = float("inf")  # LDS and LDSM per arithmetic instruction
     max_registers: int = 255
+    #: Architectures on which it takes more than that.
+    more_registers: dict[int, int] = field(default_factory=dict)
     min_blocks: int = 1  # per multiprocessor; what __launch_bounds__ declares holds beside it
     #: Architectures whose shared memory holds fewer blocks than that, and how many.
     fewer_blocks: dict[int, int] = field(default_factory=dict)
@@ -47,6 +49,8 @@ MMA_TYPES = {
 #: 128-channel tiles of joined images and the 128- and 64-channel ones of stride 2 take 51 to 55 KB.
 HALF_IS_TOO_SMALL = {75: 1}
 LARGE_TILES = {75: 1, 86: 1, 89: 1, 120: 1}
+#: ptxas gives one tf32 tile, 128 x 8 x 16, a register more there; two blocks leave 255.
+TF32_REGISTERS = {100: 233}
 #: tiles_m, rows, stride -> min_share, max_per_math, max_shared_loads.
 MMA_TILES = {
     ("4", "8", "1"): (0.65, 1.55, 0.19),
@@ -72,6 +76,7 @@ def _mma_rows() -> Iterator[Expectation]:
                 max_per_math=per_math,
                 max_shared_loads=loads,
                 max_registers=232,
+                more_registers=TF32_REGISTERS if kind == 2 else {},
                 min_blocks=2,
                 fewer_blocks=LARGE_TILES if (tiles_m, rows) in (("4", "7"), ("4", "4")) else HALF_IS_TOO_SMALL,
                 numbers_from=80,

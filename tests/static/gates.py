@@ -163,8 +163,9 @@ def check_main_loop(kernel: Kernel) -> Iterable[Finding]:
     def finding(what: str, wanted: object, found: object) -> Finding:
         return Finding(*kernel.place, what, str(wanted), str(found))
 
-    if kernel.registers > expected.max_registers and kernel.arch >= expected.numbers_from:
-        yield finding("registers", f"<= {expected.max_registers}", kernel.registers)
+    max_registers = expected.more_registers.get(kernel.arch, expected.max_registers)
+    if kernel.registers > max_registers and kernel.arch >= expected.numbers_from:
+        yield finding("registers", f"<= {max_registers}", kernel.registers)
     math = next((opcode for arch, opcode in sorted(expected.math.items(), reverse=True) if kernel.arch >= arch), None)
     if math is not None:
         wrong = {i.opcode for i in loop.instructions if i.kind in sass.MATH and not re.fullmatch(math, i.opcode)}
