@@ -236,14 +236,17 @@ def roofline(cases: Sequence[Sequence[Row]], ceilings: Ceilings, dtype: str, the
     panel = figure.add_subplot()
     intensities = [(row.flops or 1.0) / (row.bytes or 1.0) for *_, row in points]
     left, right = min(min(intensities) / 2.5, peak / ceilings.bandwidth[-1][1] / 12), max(intensities) * 2.5
-    for size, rate in ceilings.bandwidth:
+    faster = math.inf
+    for size, rate in sorted(ceilings.bandwidth, key=lambda roof: -roof[1]):
         ridge = min(peak / rate, right)
         panel.plot([left, ridge], [left * rate, peak], color=theme.muted, linewidth=1.1)
-        x = left * 1.1
+        x, below = left * 1.1, faster < 1.5 * rate  # the space above is the neighbour's
         panel.text(
-            x, x * rate, f"{_size(size)}: {rate:.0f} GB/s", fontsize=7, color=theme.muted, va="bottom",
+            x, x * rate, f"{_size(size)}: {rate:.0f} GB/s", fontsize=7, color=theme.muted,
+            va="top" if below else "bottom",
             rotation=math.degrees(math.atan(rate)), rotation_mode="anchor", transform_rotates_text=True,
         )  # fmt: skip
+        faster = rate
     for factor, text in ((1.0, f"multiply-add peak: {peak:.0f} GFLOP/s"), (WINOGRAD4, "the same with F(4x4) Winograd")):
         style = "-" if factor == 1.0 else (0, (4, 3))
         panel.axhline(peak * factor, color=theme.ink, linewidth=1.3, linestyle=style, zorder=1)
@@ -255,9 +258,11 @@ def roofline(cases: Sequence[Sequence[Row]], ceilings: Ceilings, dtype: str, the
         if kind == "ours":
             text_style: Any = {"fontsize": 7.5, "color": theme.ink, "zorder": 4}
             panel.annotate(str(number), (x, y), xytext=(4, 3), textcoords="offset points", **text_style)
-    for kind, marker in markers.items():
-        label = {"unfused": "before fusion", "PyTorch": "PyTorch, fused", "ours": "repvgg_cuda"}[kind]
-        panel.scatter([], [], s=34, marker=marker, color=theme.kinds[kind], label=label)
+    firsts = {label_of(kind, row) for *_, kind, row in points if kind == "unfused"}
+    first = firsts.pop() if len(firsts) == 1 else "before fusion"
+    labels = {"unfused": first, "PyTorch": "PyTorch, fused", "ours": "repvgg_cuda"}
+    for kind in dict.fromkeys(kind for _, _, kind, _ in points):
+        panel.scatter([], [], s=34, marker=markers[kind], color=theme.kinds[kind], label=labels[kind])
     panel.set(xscale="log", yscale="log", xlim=(left, right))
     panel.set_ylim(top=peak * WINOGRAD4 * 2)
     _axis(panel, theme, grid=True)
