@@ -193,6 +193,24 @@ def test_an_unknown_instruction_set_is_an_error() -> None:
     assert last.endswith(", got 'avx3'")
 
 
+@pytest.mark.parametrize("size", [(1, 96, 28), (1, 192, 14), (3, 192, 14)], ids=str)
+def test_threads_may_share_blocks_of_tiles_or_not(size: tuple[int, int, int]) -> None:
+    """Weights of over 1 MB, with more and with fewer tiles than pay for reading them in each thread."""
+    batch, channels, extent = size
+    case = testing.Case("large", batch, channels, extent, extent, channels)
+    x, weight, bias = case.tensors()
+    packed = repvgg_cuda.prepack(weight, list(x.shape), algorithm="winograd4")
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(repvgg_cuda.conv3x3(x, weight, bias, algorithm="winograd4", packed=packed))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
 def test_results_do_not_depend_on_threads() -> None:
     threads = torch.get_num_threads()
     try:
