@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -17,7 +18,7 @@ from torch import Tensor, fx
 
 from repvgg_cuda import affine
 from repvgg_cuda.affine import Affine
-from repvgg_cuda.layers import Layer, attribute, read_layers
+from repvgg_cuda.layers import Layer, read_layers
 from repvgg_cuda.structure import NO_STATISTICS, UnfoldableError
 from repvgg_cuda.tracing import Node, Traced
 
@@ -70,7 +71,7 @@ class Block:
         while todo:
             node = todo.pop()
             if node.op == "get_attr":
-                found[str(node.target)] = attribute(self.traced.module, str(node.target))
+                found[str(node.target)] = self.traced.attribute(str(node.target))
             todo += node.all_input_nodes
         return found
 
@@ -88,9 +89,21 @@ class Block:
         for node in self.nodes:
             values[node] = graph.node_copy(node, constant)
         graph.output(values[self.out])
-        y = fx.Interpreter(model or self.traced.module, graph=graph).run(x)
+        y = _Interpreter(self.traced, model or self.traced.module, graph).run(x)
         assert isinstance(y, Tensor)
         return y
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs ``graph`` on the modules of ``model``, with the literals of ``traced``."""
+
+    def __init__(self, traced: Traced, model: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(model, graph=graph)
+        self.traced = traced
+
+    def fetch_attr(self, target: str) -> Any:
+        literal = self.traced.literals.get(target)
+        return super().fetch_attr(target) if literal is None or hasattr(self.module, target) else literal
 
 
 @torch.no_grad()
@@ -118,13 +131,15 @@ def matching_sum(traced: Traced, block: Block) -> tuple[Node, list[Node]] | None
 
 
 def _signature(traced: Traced, layers: Sequence[Layer]) -> list[tuple[object, ...]]:
-    """What tells blocks of one model apart: their operations and, by id, the modules and tensors they use."""
+    """What tells blocks of one model apart: their operations, by id the modules and tensors they use, literals."""
 
-    def used(node: Node) -> list[int]:
-        own = [] if node.op in ("call_function", "call_method") else [id(attribute(traced.module, str(node.target)))]
-        return own
+    def used(node: Node) -> list[object]:
+        if node.op in ("call_function", "call_method"):
+            return []
+        path = str(node.target)
+        return [traced.literals[path].tolist() if path in traced.literals else id(traced.attribute(path))]
 
-    def constants(node: Node) -> list[int]:
+    def constants(node: Node) -> list[object]:
         return used(node) + [i for each in node.all_input_nodes for i in constants(each)]
 
     return [

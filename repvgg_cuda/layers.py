@@ -195,15 +195,17 @@ class _Reader:
         if target is F.dropout and _argument(node, 2, "training") is False:
             return self._pass(node, node.args[0], path)
         if target is operator.neg:
-            return self._unary(
-                node, node.args[0], "scale", lambda args: affine.scaled(args[0], -_one(args[0]), 0), path
-            )
+            return self._unary(node, node.args[0], "scale", lambda args: _times(-1, args[0]), path)
         if target is sum and len(node.args) == 1 and isinstance(node.args[0], (tuple, list)):
             terms = tuple(node.args[0])
             if all(isinstance(term, Node) for term in terms):
                 return Layer(node, "sum", terms, _sum, path)
             return None
-        if target in (*_ADD, *_SUBTRACT, *_MULTIPLY, *_DIVIDE) and len(node.args) == 2 and not node.kwargs:
+        if (
+            target in (*_ADD, *_SUBTRACT, *_MULTIPLY, *_DIVIDE)
+            and len(node.args) == 2
+            and node.kwargs.keys() <= {"alpha"}
+        ):
             return self._arithmetic(node, target, path)
         return None
 
@@ -211,11 +213,17 @@ class _Reader:
         a, b = node.args
         sign = -1.0 if target in _SUBTRACT else 1.0
         constant_a, constant_b = self._is_constant(a), self._is_constant(b)
+        alpha = node.kwargs.get("alpha", 1)
         if not constant_a and not constant_b:
             if target not in (*_ADD, *_SUBTRACT) or not (isinstance(a, Node) and isinstance(b, Node)):
                 return None
-            fold: Fold = lambda args: _sum([args[0], args[1] if sign > 0 else _negative(args[1])])  # noqa: E731
+            if not isinstance(alpha, (int, float)):
+                return None
+            factor = sign * alpha
+            fold: Fold = lambda args: _sum([args[0], args[1] if factor == 1 else _times(factor, args[1])])  # noqa: E731
             return Layer(node, "sum", (a, b), fold, path)
+        if alpha != 1:
+            return None
         x, other = (b, a) if constant_a else (a, b)
         if not isinstance(x, Node) or (constant_a and constant_b):
             return None
@@ -230,7 +238,7 @@ class _Reader:
                 return None  # c / x
             fold = lambda args: affine.scaled(args[0], 1 / value.double(), 3)  # noqa: E731
         elif constant_a:  # c + x or c - x
-            fold = lambda args: affine.shifted(args[0] if sign > 0 else _negative(args[0]), value)  # noqa: E731
+            fold = lambda args: affine.shifted(args[0] if sign > 0 else _times(-1, args[0]), value)  # noqa: E731
         else:
             fold = lambda args: affine.shifted(args[0], sign * value.double())  # noqa: E731
         channels = value.numel() if value.numel() > 1 else None
@@ -292,7 +300,7 @@ class _Reader:
         if not isinstance(argument, Node):
             return argument
         if argument.op == "get_attr":
-            return attribute(self.traced.module, str(argument.target))
+            return self.traced.attribute(str(argument.target))
         if argument not in self._constants:
             args, kwargs = fx.map_arg((argument.args, argument.kwargs), self._value_fp64)
             if argument.op == "call_method":
@@ -320,24 +328,13 @@ class _Reader:
         return value.reshape(-1) if per_channel else None
 
 
-def attribute(module: nn.Module, path: str) -> Any:
-    """The attribute of ``module`` at a dotted path."""
-    value: Any = module
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
-
-
 def _argument(node: Node, index: int, name: str) -> Any:
     return node.args[index] if len(node.args) > index else node.kwargs.get(name)
 
 
-def _one(f: Affine) -> Tensor:
-    return torch.ones((), dtype=torch.float64, device=f.weight.device)
-
-
-def _negative(f: Affine) -> Affine:
-    return affine.scaled(f, -_one(f), 0)
+def _times(factor: float, f: Affine) -> Affine:
+    scale = torch.tensor(factor, dtype=torch.float64, device=f.weight.device)
+    return affine.scaled(f, scale, 0 if factor == -1 else 2)
 
 
 def _sum(args: Sequence[Affine]) -> Affine:

@@ -492,7 +492,7 @@ def test_functions_fold() -> None:
         f"{name}.{kind}" for name in ("reparam", "reparam_1") for kind in ("weight", "bias")
     }
     torch.testing.assert_close(deployed(images()), trained(images()), rtol=1e-4, atol=1e-3)
-    with pytest.raises(RuntimeError, match=r"scale must be 1\.0: the module was converted for its default"):
+    with pytest.raises(RuntimeError, match=r"scale must be 1\.0, which the module was converted for, got 2\.0"):
         deployed(images(), scale=2.0)
 
 
