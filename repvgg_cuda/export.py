@@ -25,10 +25,10 @@ from repvgg_cuda.branches import require
 from repvgg_cuda.console import naming, positive, progress, require_target
 from repvgg_cuda.conversion import model_for
 from repvgg_cuda.convert import find
+from repvgg_cuda.files import atomic_file, atomic_path
 from repvgg_cuda.models import model_names
 from repvgg_cuda.modules import RepConv3x3
 from repvgg_cuda.reference import ACTIVATIONS
-from repvgg_cuda.tensor_files import atomic_file, atomic_path
 from repvgg_cuda.zoo import ZOOS
 
 #: Protocol buffers, which ONNX files are, end here.
