@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -89,21 +88,11 @@ class Block:
         for node in self.nodes:
             values[node] = graph.node_copy(node, constant)
         graph.output(values[self.out])
-        y = _Interpreter(self.traced, model or self.traced.module, graph).run(x)
+        literals = {node: self.traced.literals.get(str(node.target)) for node in graph.nodes if node.op == "get_attr"}
+        env = {node: literal.to(x.dtype) for node, literal in literals.items() if literal is not None}
+        y = fx.Interpreter(model or self.traced.module, graph=graph).run(x, initial_env=env)
         assert isinstance(y, Tensor)
         return y
-
-
-class _Interpreter(fx.Interpreter):
-    """Runs ``graph`` on the modules of ``model``, with the literals of ``traced``."""
-
-    def __init__(self, traced: Traced, model: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(model, graph=graph)
-        self.traced = traced
-
-    def fetch_attr(self, target: str) -> Any:
-        literal = self.traced.literals.get(target)
-        return super().fetch_attr(target) if literal is None or hasattr(self.module, target) else literal
 
 
 @torch.no_grad()

@@ -9,20 +9,18 @@ data or sizes) stays one opaque call; the modules within such a call are then tr
 from __future__ import annotations
 
 import contextlib
-import dis
 import functools
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from types import CodeType
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import fx
 
+from repvgg_cuda.proxies import TensorProxy, way_without_error
 from repvgg_cuda.signatures import Arguments, arguments_of, common, defaults_of, root_arguments
 from repvgg_cuda.structure import has_hooks, is_batchnorm, is_plain_conv
 
@@ -124,31 +122,6 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:160]}{'...' if len(text) > 160 else ''}"
 
 
-class _TensorProxy(fx.Proxy):
-    """A proxy that tells the code of models that it is a tensor, unless it is a number; torch itself knows better."""
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        asking = sys._getframe(1)
-        is_model = asking.f_code is torch.is_tensor.__code__ or asking.f_globals["__name__"].split(".")[0] != "torch"
-        return torch.Tensor if is_model and not _is_number(self.node) else fx.Proxy
-
-
-def _is_number(node: Node) -> bool:
-    """Whether ``node`` is a size, another property of a tensor, or computed from such."""
-    if "is_number" not in node.meta:
-        owner, name = getattr(node.target, "__module__", ""), getattr(node.target, "__name__", node.target)
-        if node.op == "call_method":
-            number = name in ("size", "dim", "numel", "ndimension", "stride", "item", "get_device")
-        elif node.op == "call_function" and node.target is getattr:
-            number = node.args[1] not in ("T", "mT", "H", "mH", "real", "imag", "data", "grad")
-        else:
-            inputs = node.all_input_nodes if owner in ("_operator", "operator", "builtins", "math") else []
-            number = bool(inputs) and all(map(_is_number, inputs))
-        node.meta["is_number"] = number
-    return bool(node.meta["is_number"])
-
-
 class _Tracer(fx.Tracer):
     def __init__(self, given: Arguments | None, closed: Collection[int], within: Collection[int] | None) -> None:
         super().__init__()
@@ -176,7 +149,7 @@ class _Tracer(fx.Tracer):
         return parameter_proxy_cache[name]
 
     def proxy(self, node: Node) -> fx.Proxy:
-        return _TensorProxy(node, self)
+        return TensorProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if self.within is not None and id(m) not in self.within:
@@ -247,49 +220,32 @@ class _Tracer(fx.Tracer):
         return torch.utils._pytree.tree_map(mark, result)
 
 
-def way_without_error(code: CodeType, offset: int) -> bool | None:
-    """Which truth value at ``offset`` of ``code``, where one is asked for, does not lead straight to a ``raise``.
-
-    None if both or none do, or if somebody might catch the error.
-    """
-    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG", "NOP")]
-    caught = getattr(code, "co_exceptiontable", b"") or any(step.opname.startswith("SETUP_") for step in steps)
-    i = next((i for i, step in enumerate(steps) if step.offset >= offset), len(steps))
-    negated = False
-    while i < len(steps) and steps[i].opname in ("TO_BOOL", "UNARY_NOT"):
-        negated ^= steps[i].opname == "UNARY_NOT"
-        i += 1
-    if caught or i + 1 >= len(steps) or not re.search("JUMP.*IF_(TRUE|FALSE)", steps[i].opname):
-        return None
-    jumps_if = "IF_TRUE" in steps[i].opname
-    target = next((k for k, step in enumerate(steps) if step.offset >= steps[i].argval), len(steps))
-
-    def raises(k: int) -> bool:
-        end = next((step.opname for step in steps[k:] if re.search("JUMP|RETURN|RAISE|FOR_ITER", step.opname)), "")
-        return end == "RAISE_VARARGS"
-
-    if raises(target) == raises(i + 1):
-        return None
-    return (raises(i + 1) == jumps_if) != negated
-
-
 @contextlib.contextmanager
 def _attributes_kept(module: nn.Module, stores: dict[int, str]) -> Iterator[None]:
     """Undoes what a forward stores in its modules while it is traced, and notes it in ``stores``, by id."""
-    before = [
-        (id(each), table, dict(table))
-        for each in module.modules()
-        for table in (vars(each), each._parameters, each._buffers, each._modules)
-    ]
+    tables: list[tuple[int, str, Any]] = []
+    for each in module.modules():
+        tables.append((id(each), "", vars(each)))
+        tables += [(id(each), name, value) for name, value in vars(each).items() if isinstance(value, (dict, list))]
+    before = [(*entry, entry[2].copy()) for entry in tables]
     try:
         yield
     finally:
-        for i, table, content in before:
-            for name, value in table.items():
-                if isinstance(value, fx.Proxy) and content.get(name) is not value:
-                    stores[i] = name
+        for i, name, table, content in before:
+            items = table.items() if isinstance(table, dict) else enumerate(table)
+            stored = [key for key, value in items if _holds_proxy(value)]
+            if stored:
+                stores[i] = str(stored[0]) if name in ("", "_buffers") else name
             table.clear()
-            table.update(content)
+            if isinstance(table, dict):
+                table.update(content)
+            else:
+                table.extend(content)
+
+
+def _holds_proxy(value: Any) -> bool:
+    items = value if isinstance(value, (list, tuple)) else (value,)
+    return any(isinstance(each, fx.Proxy) for each in items)
 
 
 def _drop_asserts(graph: fx.Graph) -> None:

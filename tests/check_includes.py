@@ -35,7 +35,7 @@ LAYERS = [
         "tensor_files",
         "files",
     },
-    {"reference", "explanation", "_registration", "structure", "signatures", "affine", "report"},
+    {"reference", "explanation", "_registration", "structure", "signatures", "proxies", "affine", "report"},
     {"ops", "testing", "tracing", "layers", "blocks"},
     {"timing", "environment", "devices", "comparison"},
     {"tables", "ceilings", "records", "regression"},

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from repvgg_cuda import deploy, reparameterize
 from repvgg_cuda.networks import randomise_
+from repvgg_cuda.proxies import way_without_error
 from repvgg_cuda.signatures import Computed, Constant, Items, Mixed, common
-from repvgg_cuda.tracing import way_without_error
 
 
 class Block(nn.Module):
@@ -258,14 +258,27 @@ class Stores(Block):
         return torch.relu(self.last)
 
 
-def test_a_forward_that_stores_is_left() -> None:
-    model = Stores().eval()
-    with pytest.warns(UserWarning, match="the forward of Stores stores last, which a generated one would not"):
+class Collects(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last.append(self.sum(x))
+        return torch.relu(self.last[-1])
+
+
+@pytest.mark.parametrize("make", [Stores, Collects])
+def test_a_forward_that_stores_is_left(make: Callable[[], nn.Module]) -> None:
+    model: Any = make().eval()
+    with pytest.warns(UserWarning, match=f"the forward of {make.__name__} stores last, which a generated"):
         result, report = reparameterize(model)
     assert [entry.status for entry in report.entries] == ["left"]
-    result(image())
-    assert torch.is_tensor(result.last)
-    assert not hasattr(model, "last")
+    assert vars(model).keys() == vars(make()).keys()
+    assert not getattr(model, "last", [])
+    y = result(image())
+    last: Any = result.last
+    torch.testing.assert_close(y, torch.relu(last if torch.is_tensor(last) else last[0]))
 
 
 class Counts(Block):
