@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from repvgg_cuda import affine
 from repvgg_cuda.affine import Affine
 from repvgg_cuda.layers import Layer, read_layers
+from repvgg_cuda.proxies import IN_PLACE
 from repvgg_cuda.structure import NO_STATISTICS, UnfoldableError
 from repvgg_cuda.tracing import Node, Traced
 
@@ -196,10 +197,8 @@ class _Finder:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         if node.op == "call_method":
             return name.endswith("_") and not name.startswith("_")
-        in_place_operator = getattr(node.target, "__module__", "") == "_operator" and name.startswith("i")
-        is_word = name in ("is_", "is_not", "index", "inv", "invert", "itemgetter", "indexOf")
         flagged = node.kwargs.get("inplace") is True or any(each is True for each in node.args[1:])  # relu(x, True)
-        return (in_place_operator and not is_word) or name.endswith("_") or flagged
+        return node.target in IN_PLACE or name.endswith("_") or flagged
 
     def _interior(self, root: Node, out: Node) -> list[Node]:
         """The nodes between ``root`` and ``out``, in order, ``out`` included."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,14 +23,15 @@ from repvgg_cuda.structure import (
     UnfoldableError,
     batchnorm_of,
     conv_geometry,
+    has_hooks,
     is_batchnorm,
     is_plain_conv,
     pair,
 )
-from repvgg_cuda.tracing import Traced, hooked
+from repvgg_cuda.tracing import Traced, hooked, is_layer
 
 Node = fx.Node
-Kind = Literal["conv", "bn", "pool", "scale", "sum", "pass", "hooks"]
+Kind = Literal["conv", "bn", "pool", "pad", "scale", "sum", "pass", "hooks"]
 Fold = Callable[[Sequence[Affine]], Affine]
 
 
@@ -123,7 +125,50 @@ class _Reader:
             m = module
             options = (m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override)
             return self._pool(node, x, path, *options)
+        if type(module) is nn.ZeroPad2d:
+            return self._padding(node, x, module.padding, path)
+        inner = [each for each in module.modules() if each is not module]
+        if len(inner) == 1 and is_batchnorm(inner[0]) and not is_layer(module):
+            return self._batchnorm_in(node, x, module, inner[0], path)
         return None
+
+    @staticmethod
+    def _batchnorm_in(node: Node, x: Node, module: nn.Module, bn: nn.Module, path: str) -> Layer:
+        """A module that cannot be looked into and holds a BatchNorm alone: taken for one that pads, then normalises.
+
+        So do those of diverse branch blocks (arXiv:2103.13425), whose border is the BatchNorm of zero; what else there
+        may be does not pass the proof.
+        """
+        channels = len(bn.running_mean) if isinstance(bn.running_mean, Tensor) else None
+
+        def fold(args: Sequence[Affine]) -> Affine:
+            f = args[0]
+            if f.weight.device.type == "meta":
+                raise UnfoldableError(f"{path} cannot be traced, and on the meta device not be tried out")
+            if has_hooks(bn):
+                raise UnfoldableError(f"{path} has hooks in it, which folding would lose; remove them first")
+            numbers = batchnorm_of(bn, path)
+            try:
+                y = copy.deepcopy(module).double()(f.weight.new_zeros(1, f.out_channels, 3, 3))
+            except Exception as error:  # layers of other libraries may raise anything
+                raise UnfoldableError(f"{path} cannot be run by itself: {type(error).__name__}: {error}") from error
+            grown = [n - 3 for n in y.shape[2:]] if isinstance(y, Tensor) and y.dim() == 4 else [-1]
+            if any(n < 0 or n % 2 for n in grown):
+                raise UnfoldableError(f"{path} does more than normalise and pad")
+            return affine.normalised(affine.padded(f, (grown[0] // 2, grown[1] // 2)), numbers)
+
+        return Layer(node, "bn", (x,), fold, path, channels=channels)
+
+    @staticmethod
+    def _padding(node: Node, x: Node, sides: Any, path: str) -> Layer | None:
+        """Zeros around an image; ``sides``: left, right, top, bottom."""
+        if not (isinstance(sides, (tuple, list)) and len(sides) == 4 and all(isinstance(n, int) for n in sides)):
+            return None
+        left, right, top, bottom = sides
+        fold: Fold = lambda args: affine.padded(args[0], (top, left))  # noqa: E731
+        if left != right or top != bottom or min(sides) < 0:
+            fold = _refuse(f"{path or 'a padding'} pads {tuple(sides)}, with other numbers on opposite sides")
+        return Layer(node, "pad", (x,), fold, path)
 
     def _conv_module(self, node: Node, x: Node, conv: nn.Conv2d, path: str) -> Layer:
         try:
@@ -192,6 +237,10 @@ class _Reader:
             if any(isinstance(value, Node) for value in (*options, *named.values())):
                 return None
             return self._pool(node, node.args[0], path, *options, **named)
+        if target is F.pad and isinstance(node.args[0], Node):
+            mode, value = _argument(node, 2, "mode"), _argument(node, 3, "value")
+            zeros = mode in (None, "constant") and value in (None, 0)
+            return self._padding(node, node.args[0], _argument(node, 1, "pad"), path) if zeros else None
         if target is F.dropout and _argument(node, 2, "training") is False:
             return self._pass(node, node.args[0], path)
         if target is operator.neg:

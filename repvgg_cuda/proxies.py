@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import dis
+import operator
 import re
 import sys
+from collections.abc import Callable
 from types import CodeType
+from typing import Any
 
 import torch
 from torch import fx
@@ -23,6 +26,27 @@ class TensorProxy(fx.Proxy):
         name = str(asking.f_globals.get("__name__", ""))
         is_model = asking.f_code is torch.is_tensor.__code__ or name.split(".")[0] != "torch"
         return torch.Tensor if is_model and not _is_number(self.node) else fx.Proxy
+
+
+def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[TensorProxy, Any], Any]:
+    """``x += y`` and the like, as they change a tensor: torch.fx would take it for ``x = x + y``."""
+    plain = getattr(operator, f"__{function.__name__[1:]}__")
+
+    def method(self: TensorProxy, other: Any) -> Any:
+        if _is_number(self.node):
+            return plain(self, other)
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+#: Operators that change their first operand.
+IN_PLACE = frozenset(
+    getattr(operator, name)
+    for name in "iadd iand ifloordiv ilshift imatmul imod imul ior ipow irshift isub itruediv ixor".split()
+)
+for _function in IN_PLACE:
+    setattr(TensorProxy, f"__{_function.__name__}__", _in_place(_function))
 
 
 def _is_number(node: Node) -> bool:

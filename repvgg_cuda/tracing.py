@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 from torch import fx
 
-from repvgg_cuda.proxies import TensorProxy, way_without_error
+from repvgg_cuda.proxies import IN_PLACE, TensorProxy, way_without_error
 from repvgg_cuda.signatures import Arguments, arguments_of, common, defaults_of, root_arguments
 from repvgg_cuda.structure import has_hooks, is_batchnorm, is_plain_conv
 
@@ -260,11 +260,8 @@ def _is_look(node: Node) -> bool:
     """Whether ``node`` only reads properties of tensors, or compares numbers."""
     if node.op == "call_method":
         return node.target in ("size", "dim", "numel")
-    return node.op == "call_function" and getattr(node.target, "__module__", "") in (
-        "_operator",
-        "builtins",
-        "operator",
-    )
+    from_operator = getattr(node.target, "__module__", "") in ("_operator", "builtins", "operator")
+    return node.op == "call_function" and from_operator and node.target not in IN_PLACE
 
 
 # -------------------------------------------------------------------------------------------------------------- regions

@@ -232,7 +232,20 @@ class Checkpointed(Block):
         return y
 
 
-FORWARDS = [Literal, Checked, AsksForType, Residual, Alpha, Checkpointed]
+class ChangesView(Block):
+    """``+=`` through another name: no ``y + 5``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[2]
+        rows = size
+        rows += 1
+        y = self.sum(x)
+        row = y[:, 1]
+        row += 5
+        return torch.relu(y) * size + rows
+
+
+FORWARDS = [ChangesView, Literal, Checked, AsksForType, Residual, Alpha, Checkpointed]
 
 
 @pytest.mark.parametrize("make", FORWARDS)
@@ -279,6 +292,22 @@ def test_a_forward_that_stores_is_left(make: Callable[[], nn.Module]) -> None:
     y = result(image())
     last: Any = result.last
     torch.testing.assert_close(y, torch.relu(last if torch.is_tensor(last) else last[0]))
+
+
+class ChangesInput(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        y = self.wide(x)
+        channel = x[:, 1]
+        channel *= 3
+        return torch.relu(y + self.narrow(x))
+
+
+def test_a_change_through_a_view_is_seen() -> None:
+    model = ChangesInput().eval()
+    with pytest.warns(UserWarning, match="its input is changed in place before all branches have read it"):
+        result, _ = reparameterize(model)
+    torch.testing.assert_close(result(image()), model(image()))
 
 
 class Counts(Block):
