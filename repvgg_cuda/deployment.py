@@ -59,8 +59,8 @@ def deploy(
     Returns:
         ``(model, report)``. Print the report.
     Raises:
-        RuntimeError: ``model`` is in training mode; or, with ``strict``, a block was left; or, with ``verify``, a layer
-            or the whole is out of its bound: the message names the first.
+        RuntimeError: ``model`` is in training mode, TorchScript, or cannot be copied; or, with ``strict``, a block was
+            left; or, with ``verify``, a layer or the whole is out of its bound: the message names the first.
     """
     require_convertible(model, "deploy")
     training = next((path for path, module in model.named_modules() if module.training), None)

@@ -128,19 +128,17 @@ def _is_same(value: Any, wanted: Any) -> bool:
 
 def require_constant(value: Any, wanted: Any, name: str) -> None:
     """Raises RuntimeError unless an argument of a rewritten forward has the value that it was rewritten for."""
-    require(
-        _is_same(value, wanted),
-        f"{name} must be {wanted!r}, which the module was converted for, got {_text(value)}",
-    )
+    if not _is_same(value, wanted):
+        raise RuntimeError(f"{name} must be {wanted!r}, which the module was converted for, got {_text(value)}")
 
 
 def require_items(value: Any, kind: str, keys: tuple[Any, ...], name: str) -> None:
     """The same of a list, tuple or dict: it must have the items that the forward was rewritten for."""
+    if isinstance(value, (list, tuple, dict)) and isinstance(value, _KINDS[kind]):
+        if set(value if isinstance(value, dict) else range(len(value))) == set(keys):
+            return
     what = f"the keys {', '.join(map(repr, keys))}" if kind == "dict" else f"{len(keys)} items"
-    fits = isinstance(value, _KINDS[kind])
-    if fits:
-        fits = set(value if kind == "dict" else range(len(value))) == set(keys)
-    require(fits, f"{name} must be a {kind} with {what}, which the module was converted for, got {_text(value)}")
+    raise RuntimeError(f"{name} must be a {kind} with {what}, which the module was converted for, got {_text(value)}")
 
 
 def _text(value: Any) -> str:

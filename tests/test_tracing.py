@@ -138,6 +138,17 @@ def test_a_module_is_converted_for_what_it_is_called_with(kind: str) -> None:
     torch.testing.assert_close(result(other), model(other), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["names", "tokens", "dictionary"])
+def test_it_compiles_and_exports(kind: str) -> None:
+    make, call = CALLS[kind]
+    _, result = converted(Calls(make(), call), image())
+    compiled = torch.compile(result, backend="eager", fullgraph=True)
+    program = torch.export.export(result, (image(),), dynamic_shapes=({2: torch.export.Dim.DYNAMIC},)).module()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(image()), result(image()))
+        torch.testing.assert_close(program(image(13)), result(image(13)))
+
+
 def test_other_arguments_are_an_error() -> None:
     _, result = converted(Calls(Optional(), _with_scale), image())
     with pytest.raises(RuntimeError, match=r"scale must be 2\.0, which the module was converted for, got 1\.0"):
