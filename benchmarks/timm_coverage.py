@@ -20,6 +20,7 @@ import json
 import signal
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from repvgg_cuda import reparameterize
 from repvgg_cuda.convert import find
+from repvgg_cuda.files import write_text_atomically
 from repvgg_cuda.networks import randomise_
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -222,16 +224,18 @@ class OutOfTimeError(BaseException):
 
 @contextlib.contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    def expire(*_: Any) -> None:
-        raise OutOfTimeError(f"took more than {seconds} s")
+    """Of this process's own time: a busy machine makes no model slower than it is."""
 
-    before = signal.signal(signal.SIGALRM, expire)
-    signal.alarm(seconds)
+    def expire(*_: Any) -> None:
+        raise OutOfTimeError(f"took more than {seconds} s of processor time")
+
+    before = signal.signal(signal.SIGPROF, expire)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def row_of(timm: Any, name: str, seconds: int) -> dict[str, Any]:
@@ -250,8 +254,8 @@ def row_of(timm: Any, name: str, seconds: int) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------------- table
 
 
-def as_markdown(rows: list[dict[str, Any]], version: str, total: int) -> str:
-    """The page docs/coverage.md."""
+def as_markdown(rows: list[dict[str, Any]], version: str, family: Mapping[str, str]) -> str:
+    """The page docs/coverage.md. ``family``: of each model of timm."""
     blocks = [row for row in rows if row.get("expected") or row.get("found")]
     none = [row for row in rows if "expected" in row and not row["expected"] and not row["found"]]
     broken = [row for row in rows if "expected" not in row]
@@ -259,10 +263,10 @@ def as_markdown(rows: list[dict[str, Any]], version: str, total: int) -> str:
     lines = [
         "# Coverage: the models of timm",
         "",
-        f"timm {version}: {len(rows)} of its {total} models looked at, with `python benchmarks/timm_coverage.py`. "
-        f"{len(blocks)} have sums of branches; in {len(none)} there are none and none was found; {len(broken)} could "
-        f"not be looked at. Of {sum(row['expected'] for row in blocks)} sums that timm's own classes fold, {missed} "
-        "were not found.",
+        f"timm {version}: {len(rows)} of its {len(family)} models looked at, with "
+        f"`python benchmarks/timm_coverage.py`. {len(blocks)} have sums of branches; in {len(none)} there are none and "
+        f"none was found; {len(broken)} could not be looked at. Of {sum(row['expected'] for row in blocks)} sums that "
+        f"timm's own classes fold, {missed} were not found.",
         "",
         "Random weights and disturbed BatchNorm statistics. *expected*: sums that timm's classes fold; 0 where timm "
         "leaves them, as the position encodings `x + conv(x)`. *found*, *folded*: by the graph pass, which knows no "
@@ -275,11 +279,29 @@ def as_markdown(rows: list[dict[str, Any]], version: str, total: int) -> str:
     ]
     for row in sorted(blocks, key=lambda row: row["model"]):
         lines.append(f"| {' | '.join(_cells(row))} |")
-    lines += ["", "## None expected, none found", "", ", ".join(sorted(row["model"] for row in none)) or "-", ""]
+    lines += [
+        "",
+        "## None expected, none found",
+        "",
+        "By the module of timm that defines the models, with their number:",
+        "",
+    ]
+    lines += [_by_family([row["model"] for row in none], family) or "-", ""]
     if broken:
         lines += ["## Not looked at", ""]
         lines += [f"- {row['model']}: {row['failure']}" for row in sorted(broken, key=lambda row: row["model"])]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def families(timm: Any) -> dict[str, str]:
+    """For each model of timm the module that defines it."""
+    return {name: module for module in timm.list_modules() for name in timm.list_models(module=module)}
+
+
+def _by_family(names: list[str], family: Mapping[str, str]) -> str:
+    """How many models of each module, of how many."""
+    sizes, found = Counter(family.values()), Counter(family[name] for name in names)
+    return ", ".join(f"{key} ({n}{'' if n == sizes[key] else f' of {sizes[key]}'})" for key, n in sorted(found.items()))
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
@@ -314,7 +336,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("patterns", nargs="*", default=["*"], help="names or patterns of models (default: all)")
     parser.add_argument("--state", type=Path, default=ROOT / "out" / "timm_coverage.jsonl", help="what is known so far")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "coverage.md")
-    parser.add_argument("--seconds", type=int, default=300, help="for each model (default: %(default)s)")
+    parser.add_argument("--seconds", type=int, default=300, help="of processor time, per model (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="look again at models that are known")
     parser.add_argument("--table-only", action="store_true", help="only write the table")
     args = parser.parse_args(argv)
@@ -335,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
                 state.flush()
                 print(name, *(f"{key} {row[key]}" for key in ("expected", "found", "fused", "failure") if key in row))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(as_markdown(list(known.values()), timm.__version__, len(names)))
+    write_text_atomically(args.out, as_markdown(list(known.values()), timm.__version__, families(timm)))
     return 0
 
 

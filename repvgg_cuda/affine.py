@@ -164,6 +164,21 @@ def normalised(f: Affine, bn: BatchNorm) -> Affine:
     return g if bn.bias is None else shifted(g, bn.bias)
 
 
+def padded(f: Affine, padding: Pair) -> Affine:
+    """``f(x)`` with ``padding`` rows and columns of zeros on each side.
+
+    Raises:
+        UnfoldableError: no convolution does that.
+    """
+    if padding == (0, 0):
+        return f
+    zero = f.bias.device.type != "meta" and not bool((f.bias != 0).any())
+    if f.kernel_size != (1, 1) or f.stride != (1, 1) or not zero:
+        raise UnfoldableError("zeros are padded to what is not a 1x1 convolution of stride 1 without bias or BatchNorm")
+    both = (f.padding[0] + padding[0], f.padding[1] + padding[1])
+    return replace(f, padding=both, is_identity=False)
+
+
 def composed(outer: Affine, inner: Affine) -> Affine:
     """``outer(inner(x))`` as one convolution.
 
@@ -181,7 +196,8 @@ def composed(outer: Affine, inner: Affine) -> Affine:
         subscripts = "gkmrs,gmcij->gkcij"  # r = s = 1
     else:
         size = "x".join(map(str, outer.kernel_size))
-        if not inner.is_pointwise or inner.stride != (1, 1):
+        is_1x1 = inner.kernel_size == (1, 1) and inner.stride == (1, 1)
+        if not is_1x1 or (inner.padding != (0, 0) and outer.padding != (0, 0)):
             first = "x".join(map(str, inner.kernel_size))
             raise UnfoldableError(
                 f"a {size} kernel follows one of {first}, stride {inner.stride}, without a nonlinearity between them: "
@@ -192,7 +208,8 @@ def composed(outer: Affine, inner: Affine) -> Affine:
                 f"a {size} kernel pads with zeros what a 1x1 layer with a bias or BatchNorm computes, so at the border "
                 "one convolution is not the same"
             )
-        geometry = {"stride": outer.stride, "padding": outer.padding, "dilation": outer.dilation}
+        padding = (outer.padding[0] + inner.padding[0], outer.padding[1] + inner.padding[1])
+        geometry = {"stride": outer.stride, "padding": padding, "dilation": outer.dilation}
         subscripts = "gkmrs,gmcij->gkcrs"  # i = j = 1
     groups = gcd(outer.groups, inner.groups)
     a, b = with_groups(outer, groups), with_groups(inner, groups)

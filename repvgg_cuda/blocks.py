@@ -17,7 +17,8 @@ from torch import Tensor, fx
 
 from repvgg_cuda import affine
 from repvgg_cuda.affine import Affine
-from repvgg_cuda.layers import Layer, attribute, read_layers
+from repvgg_cuda.layers import Layer, read_layers
+from repvgg_cuda.proxies import IN_PLACE
 from repvgg_cuda.structure import NO_STATISTICS, UnfoldableError
 from repvgg_cuda.tracing import Node, Traced
 
@@ -70,7 +71,7 @@ class Block:
         while todo:
             node = todo.pop()
             if node.op == "get_attr":
-                found[str(node.target)] = attribute(self.traced.module, str(node.target))
+                found[str(node.target)] = self.traced.attribute(str(node.target))
             todo += node.all_input_nodes
         return found
 
@@ -88,7 +89,9 @@ class Block:
         for node in self.nodes:
             values[node] = graph.node_copy(node, constant)
         graph.output(values[self.out])
-        y = fx.Interpreter(model or self.traced.module, graph=graph).run(x)
+        literals = {node: self.traced.literals.get(str(node.target)) for node in graph.nodes if node.op == "get_attr"}
+        env = {node: literal.to(x.dtype) for node, literal in literals.items() if literal is not None}
+        y = fx.Interpreter(model or self.traced.module, graph=graph).run(x, initial_env=env)
         assert isinstance(y, Tensor)
         return y
 
@@ -118,13 +121,15 @@ def matching_sum(traced: Traced, block: Block) -> tuple[Node, list[Node]] | None
 
 
 def _signature(traced: Traced, layers: Sequence[Layer]) -> list[tuple[object, ...]]:
-    """What tells blocks of one model apart: their operations and, by id, the modules and tensors they use."""
+    """What tells blocks of one model apart: their operations, by id the modules and tensors they use, literals."""
 
-    def used(node: Node) -> list[int]:
-        own = [] if node.op in ("call_function", "call_method") else [id(attribute(traced.module, str(node.target)))]
-        return own
+    def used(node: Node) -> list[object]:
+        if node.op in ("call_function", "call_method"):
+            return []
+        path = str(node.target)
+        return [traced.literals[path].tolist() if path in traced.literals else id(traced.attribute(path))]
 
-    def constants(node: Node) -> list[int]:
+    def constants(node: Node) -> list[object]:
         return used(node) + [i for each in node.all_input_nodes for i in constants(each)]
 
     return [
@@ -192,10 +197,8 @@ class _Finder:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
         if node.op == "call_method":
             return name.endswith("_") and not name.startswith("_")
-        in_place_operator = getattr(node.target, "__module__", "") == "_operator" and name.startswith("i")
-        is_word = name in ("is_", "is_not", "index", "inv", "invert", "itemgetter", "indexOf")
         flagged = node.kwargs.get("inplace") is True or any(each is True for each in node.args[1:])  # relu(x, True)
-        return (in_place_operator and not is_word) or name.endswith("_") or flagged
+        return node.target in IN_PLACE or name.endswith("_") or flagged
 
     def _interior(self, root: Node, out: Node) -> list[Node]:
         """The nodes between ``root`` and ``out``, in order, ``out`` included."""

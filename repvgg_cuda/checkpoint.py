@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from repvgg_cuda.branches import require
+from repvgg_cuda.files import atomic_file
 from repvgg_cuda.recognition import recognise
 from repvgg_cuda.state_dict import (
     FoldedState,
@@ -37,7 +38,6 @@ from repvgg_cuda.tensor_files import (
     TORCH_SUFFIXES,
     SafetensorsReader,
     TensorSpec,
-    atomic_file,
     is_safetensors,
     read_torch_file,
     require_plausible,

@@ -14,9 +14,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn as nn
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from repvgg_cuda.blocks import Block, find_blocks
+from repvgg_cuda.branches import require
 from repvgg_cuda.models import RepVGGplus
 from repvgg_cuda.modules import RepConv3x3
 from repvgg_cuda.proving import prove
@@ -80,8 +82,9 @@ def reparameterize(
         RuntimeError: a BatchNorm of a block is in training mode or has no running statistics (the message names it and
             says what to do); or ``strict`` and something was left. The model is then unchanged.
     """
+    require_convertible(model, "reparameterize")
     before = _parameter_count(model)
-    model = model if inplace else copy.deepcopy(model)
+    model = model if inplace else copied(model, "reparameterize")
     plan = _plan(model, chains, flush_denormals)
     draft = Report(tuple(plan.entries), (), before, before, tuple(plan.notes), flush_denormals)
     _complain(draft, strict)
@@ -93,6 +96,29 @@ def reparameterize(
     dropped = tuple(_drop_training_parts(model))
     absorb_relus(model)
     return Conversion(model, dataclasses.replace(draft, dropped=dropped, parameters_after=_parameter_count(model)))
+
+
+def require_convertible(model: object, what: str) -> None:
+    """Raises RuntimeError unless ``model`` is a module that can be taken apart, whose parameters have values."""
+    require(isinstance(model, nn.Module), f"{what}: model must be a torch.nn.Module, got {type(model).__name__}")
+    assert isinstance(model, nn.Module)
+    require(
+        not isinstance(model, torch.jit.ScriptModule),
+        f"{what}: model is TorchScript, which cannot be taken apart: convert the model that it was made from",
+    )
+    lazy = next((path for path, p in model.named_parameters() if isinstance(p, UninitializedParameter)), None)
+    require(lazy is None, f"{what}: {lazy} has no values yet; call the model once on an input")
+
+
+def copied(model: nn.Module, what: str) -> nn.Module:
+    """A copy of ``model``. Raises RuntimeError, with the usual cause, if there can be none."""
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise RuntimeError(
+            f"{what}: model cannot be copied ({str(error).split('.')[0]}); if its weights are computed by hooks, make "
+            "them plain first, with torch.nn.utils.prune.remove or torch.nn.utils.remove_weight_norm"
+        ) from error
 
 
 def _complain(report: Report, strict: bool) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from repvgg_cuda import ops
 from repvgg_cuda.branches import FLOAT_DTYPES, dtype_name, require
-from repvgg_cuda.convert import Conv, Conversion, absorb_relus, reparameterize
+from repvgg_cuda.convert import Conv, Conversion, absorb_relus, copied, reparameterize, require_convertible
 from repvgg_cuda.modules import RepConv3x3
 from repvgg_cuda.preparation import prepare
 from repvgg_cuda.report import Entry, Report
@@ -60,9 +59,10 @@ def deploy(
     Returns:
         ``(model, report)``. Print the report.
     Raises:
-        RuntimeError: ``model`` is in training mode; or, with ``strict``, a block was left; or, with ``verify``, a layer
-            or the whole is out of its bound: the message names the first.
+        RuntimeError: ``model`` is in training mode, TorchScript, or cannot be copied; or, with ``strict``, a block was
+            left; or, with ``verify``, a layer or the whole is out of its bound: the message names the first.
     """
+    require_convertible(model, "deploy")
     training = next((path for path, module in model.named_modules() if module.training), None)
     require(
         training is None,
@@ -74,7 +74,7 @@ def deploy(
         "deploy: dtype must be float64, float32, float16 or bfloat16, "
         f"got {dtype_name(dtype) if isinstance(dtype, torch.dtype) else dtype}",
     )
-    deployed = copy.deepcopy(model)
+    deployed = copied(model, "deploy")
     if dtype is not None:  # wider first, narrower last: folded weights are rounded as little as can be
         deployed = _widened(deployed, dtype)
     with warnings.catch_warnings():
@@ -85,7 +85,7 @@ def deploy(
         deployed = deployed.to(dtype)
     if memory_format is not None:
         deployed = deployed.to(memory_format=memory_format)  # type: ignore[call-overload]
-    inputs = arguments(example_input, deployed)
+    inputs = arguments(example_input, deployed, "deploy: example_input")
     if memory_format is not None:
         inputs = tuple(x.to(memory_format=memory_format) if _is_image(x) else x for x in inputs)
     if any(isinstance(module, RepConv3x3) for module in deployed.modules()):
@@ -96,9 +96,10 @@ def deploy(
         verification = compare(model, deployed, inputs, needs_layers=False)
         report = _with_errors(report, verification)
         failure = verification.first_failure
+        left = f"; not folded: {report.problems()}" if report.left else ""
         require(
             failure is None,
-            f"deploy: {failure and failure.name} is out of its bound: {verification.summary()}\n{verification}",
+            f"deploy: {failure and failure.name} is out of its bound: {verification.summary()}{left}\n{verification}",
         )
     return Conversion(deployed, report)
 

@@ -24,11 +24,11 @@ from repvgg_cuda import checkpoint, demo, ops
 from repvgg_cuda.branches import require
 from repvgg_cuda.console import naming, positive, progress, require_target
 from repvgg_cuda.conversion import model_for
+from repvgg_cuda.convert import find
+from repvgg_cuda.files import atomic_file, atomic_path
 from repvgg_cuda.models import model_names
 from repvgg_cuda.modules import RepConv3x3
 from repvgg_cuda.reference import ACTIVATIONS
-from repvgg_cuda.structure import has_branches
-from repvgg_cuda.tensor_files import atomic_file, atomic_path
 from repvgg_cuda.zoo import ZOOS
 
 #: Protocol buffers, which ONNX files are, end here.
@@ -96,10 +96,12 @@ def _require_any_size(program: torch.export.ExportedProgram) -> None:
 
 def _notes(model: nn.Module, keep_packed: bool) -> tuple[str, ...]:
     notes = []
-    branched = [path or "the model itself" for path, module in model.named_modules() if has_branches(module)]
+    branched = _branched(model)
     if branched:
+        blocks = "1 block still has" if len(branched) == 1 else f"{len(branched)} blocks still have"
         notes.append(
-            f"{len(branched)} blocks still have branches ({branched[0]}, ...): fold them first, no runtime does"
+            f"{blocks} branches ({', '.join(branched[:3])}{', ...' * (len(branched) > 3)}): fold first, with "
+            "repvgg_cuda.deploy; no runtime does"
         )
     prepared = [m for m in model.modules() if isinstance(m, RepConv3x3) and m.prepared is not None]
     if prepared and not keep_packed:
@@ -109,6 +111,16 @@ def _notes(model: nn.Module, keep_packed: bool) -> tuple[str, ...]:
     if prepared and keep_packed:
         notes.append(f"packed weights of {len(prepared)} layers are in the file: other kinds of CPU pack in every call")
     return tuple(notes)
+
+
+def _branched(model: nn.Module) -> list[str]:
+    """The paths of blocks that could be folded."""
+    with torch.no_grad():
+        try:
+            found, _ = find(model, chains=False)
+        except RuntimeError:  # a block without running statistics, which nothing could fold
+            return []
+    return [each.path or "the model itself" for each in found if not each.block.reason]
 
 
 def _without_packed(model: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,14 +23,15 @@ from repvgg_cuda.structure import (
     UnfoldableError,
     batchnorm_of,
     conv_geometry,
+    has_hooks,
     is_batchnorm,
     is_plain_conv,
     pair,
 )
-from repvgg_cuda.tracing import Traced, hooked
+from repvgg_cuda.tracing import Traced, hooked, is_layer
 
 Node = fx.Node
-Kind = Literal["conv", "bn", "pool", "scale", "sum", "pass", "hooks"]
+Kind = Literal["conv", "bn", "pool", "pad", "scale", "sum", "pass", "hooks"]
 Fold = Callable[[Sequence[Affine]], Affine]
 
 
@@ -123,7 +125,50 @@ class _Reader:
             m = module
             options = (m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override)
             return self._pool(node, x, path, *options)
+        if type(module) is nn.ZeroPad2d:
+            return self._padding(node, x, module.padding, path)
+        inner = [each for each in module.modules() if each is not module]
+        if len(inner) == 1 and is_batchnorm(inner[0]) and not is_layer(module):
+            return self._batchnorm_in(node, x, module, inner[0], path)
         return None
+
+    @staticmethod
+    def _batchnorm_in(node: Node, x: Node, module: nn.Module, bn: nn.Module, path: str) -> Layer:
+        """A module that cannot be looked into and holds a BatchNorm alone: taken for one that pads, then normalises.
+
+        So do those of diverse branch blocks (arXiv:2103.13425), whose border is the BatchNorm of zero; what else there
+        may be does not pass the proof.
+        """
+        channels = len(bn.running_mean) if isinstance(bn.running_mean, Tensor) else None
+
+        def fold(args: Sequence[Affine]) -> Affine:
+            f = args[0]
+            if f.weight.device.type == "meta":
+                raise UnfoldableError(f"{path} cannot be traced, and on the meta device not be tried out")
+            if has_hooks(bn):
+                raise UnfoldableError(f"{path} has hooks in it, which folding would lose; remove them first")
+            numbers = batchnorm_of(bn, path)
+            try:
+                y = copy.deepcopy(module).double()(f.weight.new_zeros(1, f.out_channels, 3, 3))
+            except Exception as error:  # layers of other libraries may raise anything
+                raise UnfoldableError(f"{path} cannot be run by itself: {type(error).__name__}: {error}") from error
+            grown = [n - 3 for n in y.shape[2:]] if isinstance(y, Tensor) and y.dim() == 4 else [-1]
+            if any(n < 0 or n % 2 for n in grown):
+                raise UnfoldableError(f"{path} does more than normalise and pad")
+            return affine.normalised(affine.padded(f, (grown[0] // 2, grown[1] // 2)), numbers)
+
+        return Layer(node, "bn", (x,), fold, path, channels=channels)
+
+    @staticmethod
+    def _padding(node: Node, x: Node, sides: Any, path: str) -> Layer | None:
+        """Zeros around an image; ``sides``: left, right, top, bottom."""
+        if not (isinstance(sides, (tuple, list)) and len(sides) == 4 and all(isinstance(n, int) for n in sides)):
+            return None
+        left, right, top, bottom = sides
+        fold: Fold = lambda args: affine.padded(args[0], (top, left))  # noqa: E731
+        if left != right or top != bottom or min(sides) < 0:
+            fold = _refuse(f"{path or 'a padding'} pads {tuple(sides)}, with other numbers on opposite sides")
+        return Layer(node, "pad", (x,), fold, path)
 
     def _conv_module(self, node: Node, x: Node, conv: nn.Conv2d, path: str) -> Layer:
         try:
@@ -192,18 +237,24 @@ class _Reader:
             if any(isinstance(value, Node) for value in (*options, *named.values())):
                 return None
             return self._pool(node, node.args[0], path, *options, **named)
+        if target is F.pad and isinstance(node.args[0], Node):
+            mode, value = _argument(node, 2, "mode"), _argument(node, 3, "value")
+            zeros = mode in (None, "constant") and value in (None, 0)
+            return self._padding(node, node.args[0], _argument(node, 1, "pad"), path) if zeros else None
         if target is F.dropout and _argument(node, 2, "training") is False:
             return self._pass(node, node.args[0], path)
         if target is operator.neg:
-            return self._unary(
-                node, node.args[0], "scale", lambda args: affine.scaled(args[0], -_one(args[0]), 0), path
-            )
+            return self._unary(node, node.args[0], "scale", lambda args: _times(-1, args[0]), path)
         if target is sum and len(node.args) == 1 and isinstance(node.args[0], (tuple, list)):
             terms = tuple(node.args[0])
             if all(isinstance(term, Node) for term in terms):
                 return Layer(node, "sum", terms, _sum, path)
             return None
-        if target in (*_ADD, *_SUBTRACT, *_MULTIPLY, *_DIVIDE) and len(node.args) == 2 and not node.kwargs:
+        if (
+            target in (*_ADD, *_SUBTRACT, *_MULTIPLY, *_DIVIDE)
+            and len(node.args) == 2
+            and node.kwargs.keys() <= {"alpha"}
+        ):
             return self._arithmetic(node, target, path)
         return None
 
@@ -211,11 +262,17 @@ class _Reader:
         a, b = node.args
         sign = -1.0 if target in _SUBTRACT else 1.0
         constant_a, constant_b = self._is_constant(a), self._is_constant(b)
+        alpha = node.kwargs.get("alpha", 1)
         if not constant_a and not constant_b:
             if target not in (*_ADD, *_SUBTRACT) or not (isinstance(a, Node) and isinstance(b, Node)):
                 return None
-            fold: Fold = lambda args: _sum([args[0], args[1] if sign > 0 else _negative(args[1])])  # noqa: E731
+            if not isinstance(alpha, (int, float)):
+                return None
+            factor = sign * alpha
+            fold: Fold = lambda args: _sum([args[0], args[1] if factor == 1 else _times(factor, args[1])])  # noqa: E731
             return Layer(node, "sum", (a, b), fold, path)
+        if alpha != 1:
+            return None
         x, other = (b, a) if constant_a else (a, b)
         if not isinstance(x, Node) or (constant_a and constant_b):
             return None
@@ -230,7 +287,7 @@ class _Reader:
                 return None  # c / x
             fold = lambda args: affine.scaled(args[0], 1 / value.double(), 3)  # noqa: E731
         elif constant_a:  # c + x or c - x
-            fold = lambda args: affine.shifted(args[0] if sign > 0 else _negative(args[0]), value)  # noqa: E731
+            fold = lambda args: affine.shifted(args[0] if sign > 0 else _times(-1, args[0]), value)  # noqa: E731
         else:
             fold = lambda args: affine.shifted(args[0], sign * value.double())  # noqa: E731
         channels = value.numel() if value.numel() > 1 else None
@@ -292,7 +349,7 @@ class _Reader:
         if not isinstance(argument, Node):
             return argument
         if argument.op == "get_attr":
-            return attribute(self.traced.module, str(argument.target))
+            return self.traced.attribute(str(argument.target))
         if argument not in self._constants:
             args, kwargs = fx.map_arg((argument.args, argument.kwargs), self._value_fp64)
             if argument.op == "call_method":
@@ -320,24 +377,13 @@ class _Reader:
         return value.reshape(-1) if per_channel else None
 
 
-def attribute(module: nn.Module, path: str) -> Any:
-    """The attribute of ``module`` at a dotted path."""
-    value: Any = module
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
-
-
 def _argument(node: Node, index: int, name: str) -> Any:
     return node.args[index] if len(node.args) > index else node.kwargs.get(name)
 
 
-def _one(f: Affine) -> Tensor:
-    return torch.ones((), dtype=torch.float64, device=f.weight.device)
-
-
-def _negative(f: Affine) -> Affine:
-    return affine.scaled(f, -_one(f), 0)
+def _times(factor: float, f: Affine) -> Affine:
+    scale = torch.tensor(factor, dtype=torch.float64, device=f.weight.device)
+    return affine.scaled(f, scale, 0 if factor == -1 else 2)
 
 
 def _sum(args: Sequence[Affine]) -> Affine:

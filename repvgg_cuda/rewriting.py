@@ -25,6 +25,7 @@ from repvgg_cuda.blocks import Block, matching_sum
 from repvgg_cuda.branches import dtype_name
 from repvgg_cuda.modules import RepConv3x3
 from repvgg_cuda.reference import output_format
+from repvgg_cuda.signatures import Arguments
 from repvgg_cuda.structure import UnfoldableError, conv_geometry
 from repvgg_cuda.tracing import Node, Traced, UntraceableError, trace
 
@@ -78,8 +79,8 @@ def _tensors_of(traced: Traced, nodes: Sequence[Node]) -> Iterator[Tensor]:
             yield from module.parameters()
             yield from module.buffers()
         elif node.op == "get_attr":
-            owner, name = _owner(traced.module, str(node.target))
-            yield getattr(owner, name)
+            yield traced.attribute(str(node.target))
+            owner = traced.module.get_submodule(str(node.target).rpartition(".")[0])
             if isinstance(owner, nn.modules.batchnorm._BatchNorm):  # its counter is no argument of the function
                 yield from owner.buffers(recurse=False)
         todo += [each for each in node.all_input_nodes if _leads_to_constants_only(each) and each not in inside]
@@ -90,11 +91,6 @@ def _leads_to_constants_only(node: Node) -> bool:
         return True
     inputs = node.all_input_nodes
     return node.op in ("call_function", "call_method") and bool(inputs) and all(map(_leads_to_constants_only, inputs))
-
-
-def _owner(module: nn.Module, path: str) -> tuple[nn.Module, str]:
-    prefix, _, name = path.rpartition(".")
-    return module.get_submodule(prefix), name
 
 
 def is_own_geometry(folded: Affine) -> bool:
@@ -162,10 +158,12 @@ class Rewrite(NamedTuple):
     """A module and its new graph, in which the blocks are single calls. Nothing is changed yet."""
 
     owner: nn.Module
+    given: Arguments | None  # what it is called with
     within: frozenset[int]
     graph: fx.Graph
     convs: dict[str, RepConv3x3 | nn.Conv2d]  # by the name of the child that each becomes
     consumed: frozenset[int]  # ids of modules and tensors that only the blocks use
+    literals: Mapping[str, Tensor]
 
 
 def plan_rewrite(
@@ -176,10 +174,15 @@ def plan_rewrite(
     Raises:
         UnfoldableError: the blocks are not in it as they were found.
     """
+    given = blocks[0][0].traced.arguments_of(owner)
+    within |= blocks[0][0].traced.transparent
     try:
-        traced = trace(owner, within=within)
+        traced = trace(owner, given, within=within)
     except UntraceableError as error:
         raise UnfoldableError(f"{type(owner).__name__} cannot be traced by itself: {error}") from error
+    if traced.stores:
+        name = next(iter(traced.stores.values()))
+        raise UnfoldableError(f"the forward of {type(owner).__name__} stores {name}, which a generated one would not")
     found = []
     for block, _, _ in blocks:
         place = matching_sum(traced, block)
@@ -202,7 +205,10 @@ def plan_rewrite(
         _class_with(owner, traced.graph)  # now: once something is replaced, nothing must fail
     except Exception as error:  # arguments that cannot be written down
         raise UnfoldableError(f"no forward can be generated for {type(owner).__name__}: {error}") from error
-    return Rewrite(owner, within, traced.graph, {name: conv for _, name, conv in blocks}, frozenset(consumed))
+    read = {str(node.target) for node in traced.graph.nodes if node.op == "get_attr"}
+    literals = {name: tensor for name, tensor in traced.literals.items() if name in read}
+    convs = {name: conv for _, name, conv in blocks}
+    return Rewrite(owner, given, within, traced.graph, convs, frozenset(consumed), literals)
 
 
 def _drop_unused_constants(graph: fx.Graph) -> None:
@@ -220,18 +226,21 @@ def install(rewrite: Rewrite) -> None:
     for name, conv in rewrite.convs.items():
         vars(owner).pop(name, None)
         setattr(owner, name, conv.train(owner.training))
-    _remove_branches(owner, graph, rewrite.consumed)
+    _remove_branches(rewrite)
     if isinstance(owner, fx.GraphModule):
         owner.graph = graph
-    elif not _computes(owner, graph, rewrite.within):
+    elif not _computes(rewrite):
         vars(owner).pop("forward", None)
+        vars(owner).update(rewrite.literals)
         owner.__class__ = _class_with(owner, graph)
 
 
-def _remove_branches(owner: nn.Module, graph: fx.Graph, consumed: frozenset[int]) -> None:
+def _remove_branches(rewrite: Rewrite) -> None:
     """Deletes the modules and parameters that only the blocks used, and containers that nothing else is in."""
+    owner, graph, consumed = rewrite.owner, rewrite.graph, rewrite.consumed
     called = [owner.get_submodule(str(node.target)) for node in graph.nodes if node.op == "call_module"]
-    read = {id(_get(owner, str(node.target))) for node in graph.nodes if node.op == "get_attr"}
+    paths = [str(node.target) for node in graph.nodes if node.op == "get_attr" and node.target not in rewrite.literals]
+    read = {id(functools.reduce(getattr, path.split("."), owner)) for path in paths}
     live = {id(inner) for module in called for inner in module.modules()}
 
     def is_dead(module: nn.Module) -> bool:
@@ -259,18 +268,13 @@ def _remove_branches(owner: nn.Module, graph: fx.Graph, consumed: frozenset[int]
     visit(owner)
 
 
-def _get(module: nn.Module, path: str) -> Any:
-    owner, name = _owner(module, path)
-    return getattr(owner, name)
-
-
-def _computes(owner: nn.Module, graph: fx.Graph, within: frozenset[int]) -> bool:
-    """Whether the forward that ``owner`` has is just ``graph``."""
+def _computes(rewrite: Rewrite) -> bool:
+    """Whether the forward that the module has is just the new graph."""
     try:
-        other = trace(owner, within=within).graph
+        other = trace(rewrite.owner, rewrite.given, within=rewrite.within).graph
     except UntraceableError:
         return False
-    return _listing(graph) == _listing(other)
+    return _listing(rewrite.graph) == _listing(other)
 
 
 def _listing(graph: fx.Graph) -> list[Any]:

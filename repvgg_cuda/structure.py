@@ -145,15 +145,6 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-#: The branches of a block by their official attribute names, and a short name for each.
-BRANCH_NAMES = {"rbr_dense": "3x3", "rbr_1x1": "1x1", "rbr_identity": "id"}
-
-
-def has_branches(module: nn.Module) -> bool:
-    """True for what looks like a multi-branch block: two or more branches under the official names."""
-    return sum(module._modules.get(name) is not None for name in BRANCH_NAMES) > 1
-
-
 def read_branches(block: nn.Module, path: str = "") -> tuple[Branches, int]:
     """The branches and the stride of a block that keeps them as ``rbr_dense``, ``rbr_1x1`` and ``rbr_identity``.
 

@@ -6,17 +6,13 @@ A safetensors file is read tensor by tensor and written tensor by tensor, so tha
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import os
 import pickle
 import re
-import secrets
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -205,29 +201,3 @@ def write_safetensors(
         file.seek(data + header[key]["data_offsets"][0])
         file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     require(not by_key, f"{', '.join(by_key)} were never written")
-
-
-@contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A path for a file that takes the place of ``path`` when the block ends well, and is gone when it does not.
-
-    Of the same suffix, in the same folder: os.replace needs the same file system.
-    """
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(6)}.tmp{path.suffix}")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())  # the name must not reach the disk before the contents
-        os.replace(temporary, path)
-    except OSError as error:  # name the file the user asked for, not the temporary one
-        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
-    finally:
-        with contextlib.suppress(OSError):  # a failing clean-up must not hide the first error
-            temporary.unlink()
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """:func:`atomic_path`, opened for writing."""
-    with atomic_path(path) as temporary, open(temporary, "xb") as file:
-        yield file

@@ -9,9 +9,10 @@ data or sizes) stays one opaque call; the modules within such a call are then tr
 from __future__ import annotations
 
 import contextlib
-import inspect
+import functools
+import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,8 @@ import torch
 import torch.nn as nn
 from torch import fx
 
-from repvgg_cuda.branches import require
+from repvgg_cuda.proxies import IN_PLACE, TensorProxy, way_without_error
+from repvgg_cuda.signatures import Arguments, arguments_of, common, defaults_of, root_arguments
 from repvgg_cuda.structure import has_hooks, is_batchnorm, is_plain_conv
 
 Node = fx.Node
@@ -36,6 +38,9 @@ class Traced:
 
     ``scopes``: for each node the paths of the module calls it lies in, outermost first. ``opaque``: paths of modules
     whose forward cannot be traced, with the reason; each is one call in the graph. ``calls``: of each module, by id.
+    ``given``: what ``module`` was traced with; ``arguments``: what its modules are called with, by id. ``transparent``:
+    ids of modules that only hand their input on. ``literals``: tensors that a forward makes, under names that no module
+    has. ``stores``: attributes that a forward sets, by the id of their module.
     """
 
     module: nn.Module
@@ -43,6 +48,19 @@ class Traced:
     scopes: dict[Node, tuple[str, ...]]
     opaque: dict[str, str]
     calls: Counter[int]
+    given: Arguments | None
+    arguments: Mapping[int, Arguments]
+    transparent: frozenset[int]
+    literals: Mapping[str, torch.Tensor]
+    stores: Mapping[int, str]
+
+    def attribute(self, path: str) -> Any:
+        """The parameter, buffer or literal that a ``get_attr`` node reads."""
+        return self.literals[path] if path in self.literals else functools.reduce(getattr, path.split("."), self.module)
+
+    def arguments_of(self, module: nn.Module) -> Arguments | None:
+        """What ``module``, which may be the whole, is called with; None if that is not known."""
+        return self.given if module is self.module else self.arguments.get(id(module))
 
 
 class UntraceableError(Exception):
@@ -55,23 +73,48 @@ def is_layer(module: nn.Module) -> bool:
     return in_torch or is_plain_conv(module) or is_batchnorm(module) or type(module).__name__ == "RepConv3x3"
 
 
-def trace(module: nn.Module, *, closed: Collection[int] = (), within: Collection[int] | None = None) -> Traced:
+def trace(
+    module: nn.Module,
+    given: Arguments | None = None,
+    *,
+    closed: Collection[int] = (),
+    within: Collection[int] | None = None,
+) -> Traced:
     """Traces ``module``, which is left as it was.
 
     Args:
+        given: what it is called with; None: not known, then with its defaults.
         closed: ids of modules whose calls stay calls.
         within: if given, the ids of the only modules whose calls are entered.
     Raises:
         UntraceableError: the forward of ``module`` itself cannot be traced.
     """
-    tracer = _Tracer(closed, within)
-    with _attributes_kept(module):
+    tracer = _Tracer(given, closed, within)
+    stores: dict[int, str] = {}
+    with _attributes_kept(module, stores):
         try:
             graph = tracer.trace(module)
         except Exception as error:  # a foreign forward may raise anything
             raise UntraceableError(_one_line(error)) from error
     _drop_asserts(graph)
-    return Traced(module, graph, tracer.scopes, tracer.opaque, tracer.call_counts)
+    read = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    literals = {
+        name: tensor
+        for tensor, name in tracer.tensor_attrs.items()
+        if name in read and isinstance(tensor, torch.Tensor) and not hasattr(module, name)
+    }
+    return Traced(
+        module,
+        graph,
+        tracer.scopes,
+        tracer.opaque,
+        tracer.call_counts,
+        given,
+        tracer.arguments,
+        frozenset(tracer.transparent),
+        literals,
+        stores,
+    )
 
 
 def _one_line(error: Exception) -> str:
@@ -79,19 +122,15 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:160]}{'...' if len(text) > 160 else ''}"
 
 
-def require_default(value: Any, default: Any, name: str) -> None:
-    """Raises RuntimeError unless an argument of a rewritten forward has the value that it was rewritten for."""
-    same = value is default or (isinstance(value, (bool, int, float, str)) and value == default)
-    require(same, f"{name} must be {default!r}: the module was converted for its default, got {type(value).__name__}")
-
-
 class _Tracer(fx.Tracer):
-    def __init__(self, closed: Collection[int], within: Collection[int] | None) -> None:
+    def __init__(self, given: Arguments | None, closed: Collection[int], within: Collection[int] | None) -> None:
         super().__init__()
-        self.closed, self.within = closed, within
+        self.given, self.closed, self.within = given, closed, within
         self.scopes: dict[Node, tuple[str, ...]] = {}
         self.opaque: dict[str, str] = {}
         self.call_counts: Counter[int] = Counter()
+        self.arguments: dict[int, Arguments] = {}
+        self.transparent: set[int] = set()
         self._stack: tuple[str, ...] = ()
         self._names: dict[int, str] = {}  # of parameters and buffers, by id
 
@@ -109,6 +148,9 @@ class _Tracer(fx.Tracer):
             parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
         return parameter_proxy_cache[name]
 
+    def proxy(self, node: Node) -> fx.Proxy:
+        return TensorProxy(node, self)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if self.within is not None and id(m) not in self.within:
             return True
@@ -117,20 +159,11 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[..., Any], list[Any]]:
-        """Arguments with a default get it: control flow on options is then no control flow on tensors."""
-        args: list[Any] = [self.root]
-        for parameter in inspect.signature(self.root.forward).parameters.values():
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                continue
-            if parameter.default is parameter.empty:
-                args.append(self.create_proxy("placeholder", parameter.name, (), {}))
-                continue
-            value = self.create_proxy("placeholder", parameter.name, (parameter.default,), {})
-            self.create_proxy("call_function", require_default, (value, parameter.default, parameter.name), {})
-            if parameter.kind is not parameter.KEYWORD_ONLY:
-                args.append(parameter.default)
-        own = vars(self.root).get("forward")  # set on the instance
-        return root_fn if own is None else lambda _, *given: own(*given), args
+        """Arguments like those of its calls in the model."""
+        forward = vars(self.root).get("forward") or functools.partial(root_fn, self.root)  # set on the instance
+        given = self.given or defaults_of(forward)
+        args, named = root_arguments(self, forward, given)
+        return lambda: forward(*args, **named), []
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         node = super().create_node(*args, **kwargs)
@@ -144,17 +177,27 @@ class _Tracer(fx.Tracer):
         self.call_counts[id(m)] += 1
         if self.is_leaf_module(m, path) or path in self.opaque:
             return self._bounded(m, path, self.create_proxy("call_module", path, args, kwargs))
-        before = (self._stack, Counter(self.call_counts), dict(self.opaque), next(iter(reversed(self.graph.nodes))))
+        last = next(iter(reversed(self.graph.nodes)))
+        before = (self._stack, Counter(self.call_counts), dict(self.arguments), dict(self.opaque))
         self._stack = (*self._stack, path)
         try:
+            self.arguments[id(m)] = common(self.arguments.get(id(m)), arguments_of(m.forward, args, kwargs))
             result = m.forward(*args, **kwargs)  # not m(...): hooks are no part of the graph
         except Exception as error:
-            self._stack, self.call_counts, self.opaque, last = before
+            self._stack, self.call_counts, self.arguments, self.opaque = before
             self._erase_after(last)
             self.opaque[path] = _one_line(error)
             result = self.create_proxy("call_module", path, args, kwargs)
         self._stack = before[0]
+        if last is next(iter(reversed(self.graph.nodes))) and not has_hooks(m):
+            self.transparent.add(id(m))
         return self._bounded(m, path, result)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Checks of the input are taken to hold: where one way ends in an error, the other is gone."""
+        frame = sys._getframe(2)  # behind Proxy.__bool__
+        wanted = way_without_error(frame.f_code, frame.f_lasti)
+        return super().to_bool(obj) if wanted is None else wanted
 
     def _erase_after(self, last: Node) -> None:
         for node in reversed(self.graph.nodes):
@@ -178,15 +221,31 @@ class _Tracer(fx.Tracer):
 
 
 @contextlib.contextmanager
-def _attributes_kept(module: nn.Module) -> Iterator[None]:
-    """Undoes what a forward stores in its modules while it is traced."""
-    before = [(each, dict(vars(each))) for each in module.modules()]
+def _attributes_kept(module: nn.Module, stores: dict[int, str]) -> Iterator[None]:
+    """Undoes what a forward stores in its modules while it is traced, and notes it in ``stores``, by id."""
+    tables: list[tuple[int, str, Any]] = []
+    for each in module.modules():
+        tables.append((id(each), "", vars(each)))
+        tables += [(id(each), name, value) for name, value in vars(each).items() if isinstance(value, (dict, list))]
+    before = [(*entry, entry[2].copy()) for entry in tables]
     try:
         yield
     finally:
-        for each, attributes in before:
-            vars(each).clear()
-            vars(each).update(attributes)
+        for i, name, table, content in before:
+            items = table.items() if isinstance(table, dict) else enumerate(table)
+            stored = [key for key, value in items if _holds_proxy(value)]
+            if stored:
+                stores[i] = str(stored[0]) if name in ("", "_buffers") else name
+            table.clear()
+            if isinstance(table, dict):
+                table.update(content)
+            else:
+                table.extend(content)
+
+
+def _holds_proxy(value: Any) -> bool:
+    items = value if isinstance(value, (list, tuple)) else (value,)
+    return any(isinstance(each, fx.Proxy) for each in items)
 
 
 def _drop_asserts(graph: fx.Graph) -> None:
@@ -201,11 +260,8 @@ def _is_look(node: Node) -> bool:
     """Whether ``node`` only reads properties of tensors, or compares numbers."""
     if node.op == "call_method":
         return node.target in ("size", "dim", "numel")
-    return node.op == "call_function" and getattr(node.target, "__module__", "") in (
-        "_operator",
-        "builtins",
-        "operator",
-    )
+    from_operator = getattr(node.target, "__module__", "") in ("_operator", "builtins", "operator")
+    return node.op == "call_function" and from_operator and node.target not in IN_PLACE
 
 
 # -------------------------------------------------------------------------------------------------------------- regions
@@ -245,7 +301,7 @@ def find_regions(model: nn.Module) -> tuple[list[Region], list[str]]:
             called = {id(each) for each in child.modules() if calls[id(each)]}
             visit(".".join(filter(None, (prefix, name))), child, elsewhere | called)
 
-    def visit(prefix: str, module: nn.Module, elsewhere: frozenset[int]) -> None:
+    def visit(prefix: str, module: nn.Module, elsewhere: frozenset[int], given: Arguments | None = None) -> None:
         if id(module) in seen:
             return
         seen.add(id(module))
@@ -254,11 +310,11 @@ def find_regions(model: nn.Module) -> tuple[list[Region], list[str]]:
         if is_layer(module):
             return
         try:
-            whole = traced = trace(module)
+            whole = traced = trace(module, given)
             by_id = {id(each): (path, each) for path, each in module.named_modules()}
             shared = [i for i, n in whole.calls.items() if n > 1 and not is_layer(by_id[i][1])]
             if shared:
-                traced = trace(module, closed=shared)
+                traced = trace(module, given, closed=shared)
         except UntraceableError as error:
             _note(notes, prefix, module, str(error))
             return visit_children(prefix, module, Counter(), elsewhere)
@@ -272,10 +328,11 @@ def find_regions(model: nn.Module) -> tuple[list[Region], list[str]]:
             if not traced.calls[i]:
                 continue  # within another one
             path, each = by_id[i]
-            inner = _calls_within(each)
+            arguments = whole.arguments.get(i)
+            inner = _calls_within(each, arguments)
             times = whole.calls[i]
             outside = {id(m) for m in each.modules() if m is not each and whole.calls[id(m)] != times * inner[id(m)]}
-            visit(region.absolute(path), each, elsewhere | outside)
+            visit(region.absolute(path), each, elsewhere | outside, arguments)
         visit_unreached(prefix, module, whole.calls, elsewhere)
 
     def visit_unreached(prefix: str, module: nn.Module, calls: Counter[int], elsewhere: frozenset[int]) -> None:
@@ -291,9 +348,9 @@ def find_regions(model: nn.Module) -> tuple[list[Region], list[str]]:
     return regions, notes
 
 
-def _calls_within(module: nn.Module) -> Counter[int]:
+def _calls_within(module: nn.Module, given: Arguments | None) -> Counter[int]:
     try:
-        return trace(module).calls
+        return trace(module, given).calls
     except UntraceableError:
         return Counter()
 

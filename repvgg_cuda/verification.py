@@ -22,7 +22,7 @@ from rich.text import Text
 from torch import Tensor
 
 from repvgg_cuda import testing
-from repvgg_cuda.branches import dtype_name, require
+from repvgg_cuda.branches import dtype_name, require, shape_name
 from repvgg_cuda.layer_errors import Row, compared, find_pairs, record_layers
 
 #: How many times the error of the trained network the deployed one may make. A rigorous end-to-end bound exists but
@@ -171,14 +171,17 @@ def compare(
     )
 
 
-def arguments(inputs: Tensor | Sequence[Any], model: nn.Module) -> tuple[Any, ...]:
+def arguments(inputs: Tensor | Sequence[Any], model: nn.Module, name: str = "verify: inputs") -> tuple[Any, ...]:
     """``inputs`` as arguments of ``model``, floating point tensors rounded to its dtype."""
-    values = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    values = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs) if isinstance(inputs, Sequence) else ()
     tensors = [each for each in values if isinstance(each, Tensor) and each.is_floating_point()]
+    got = type(inputs).__name__
+    if isinstance(inputs, Tensor):
+        got = f"{shape_name(inputs)} of {dtype_name(inputs.dtype)}"
     require(
         len(tensors) > 0 and all(each.numel() > 0 for each in tensors),
-        "verify: inputs must be a floating point tensor with at least one element, such as a batch of images, or a "
-        "tuple of arguments with one among them",
+        f"{name} must be a floating point tensor with at least one element, such as a batch of images, or a tuple of "
+        f"arguments with one among them, got {got}",
     )
     return cast(values, _dtype(model))
 

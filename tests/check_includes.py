@@ -22,10 +22,22 @@ OPS_SEES = {"cpu/algos.h", "cpu/chain.h", "cpu/fuse_weights.h", "cuda/algos.h"}
 
 #: Layers of the Python package, lowest first. A module imports from lower layers or its own.
 LAYERS = [
-    {"_version", "branches", "packed", "_ext", "intervals", "gpus", "zoo", "recognition", "renaming", "tensor_files"},
-    {"reference", "explanation", "_registration", "structure", "affine", "report"},
+    {
+        "_version",
+        "branches",
+        "packed",
+        "_ext",
+        "intervals",
+        "gpus",
+        "zoo",
+        "recognition",
+        "renaming",
+        "tensor_files",
+        "files",
+    },
+    {"reference", "explanation", "_registration", "structure", "signatures", "proxies", "affine", "report"},
     {"ops", "testing", "tracing", "layers", "blocks"},
-    {"timing", "environment", "devices", "comparison", "files"},
+    {"timing", "environment", "devices", "comparison"},
     {"tables", "ceilings", "records", "regression"},
     {"modules", "prepared", "rewriting", "block_folds", "folding", "proving"},
     {"models", "preparation", "runs", "convert", "baselines", "engines"},

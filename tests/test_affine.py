@@ -87,6 +87,8 @@ COMPOSABLE: dict[str, tuple[Affine, Affine]] = {
     "padded 3x3 after 1x1 without bias": (conv(3, 1, stride=2, groups=4), conv(1, 0, bias=False)),
     "1x1 after 1x1": (conv(1, 0), conv(1, 0, groups=12)),
     "pooling after 1x1 without bias": (affine.average_pool(CHANNELS, (3, 3), (1, 1), (1, 1)), conv(1, 0, bias=False)),
+    "unpadded 3x3 after padded 1x1": (conv(3, 0, groups=3), conv(1, 1)),
+    "1x1 after padded 1x1": (conv(1, 0), conv(1, 2)),
     "1x1 after pooling": (conv(1, 0), affine.average_pool(CHANNELS, (2, 2), (2, 2), (0, 0))),
 }
 
@@ -104,9 +106,10 @@ def test_compositions(kind: str) -> None:
         (conv(3, 1), conv(1, 0), "pads with zeros what a 1x1 layer with a bias"),
         (conv(3, 1), conv(3, 1, bias=False), "follows one of 3x3"),
         (conv(3, 0), conv(3, 0), "follows one of 3x3"),
+        (conv(3, 1), conv(1, 1, bias=False), "follows one of 1x1"),
         (conv(3, 1), conv(1, 0, stride=2, bias=False), "follows one of 1x1, stride"),
     ],
-    ids=["bias", "3x3", "unpadded", "stride"],
+    ids=["bias", "3x3", "unpadded", "padded twice", "stride"],
 )
 def test_compositions_that_no_convolution_computes(outer: Affine, inner: Affine, reason: str) -> None:
     with pytest.raises(UnfoldableError, match=reason):

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,21 +18,7 @@ from repvgg_cuda.comparison import Work
 from repvgg_cuda.convert import reparameterize
 from repvgg_cuda.suites import Setup
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads on a busy machine wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def no_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measuring them takes seconds."""
-    known = ceilings.Ceilings({"float32": 100.0}, "a guess", ((1e6, 10.0),))
-    monkeypatch.setattr(ceilings, "measure", lambda device: known)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small_network() -> tuple[nn.Module, nn.Module, Tensor]:

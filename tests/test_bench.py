@@ -23,7 +23,6 @@ from repvgg_cuda import (
     Branch,
     Branches,
     bench,
-    ceilings,
     cli,
     comparison,
     devices,
@@ -43,20 +42,7 @@ from repvgg_cuda.comparison import Candidate, Plan
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads on a busy machine wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def no_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measuring them takes seconds."""
-    known = ceilings.Ceilings({"float32": 100.0}, "a guess", ((1e6, 10.0),))
-    monkeypatch.setattr(ceilings, "measure", lambda device: known)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class FakeClock:

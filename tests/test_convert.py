@@ -309,7 +309,7 @@ def test_other_arguments_and_results_are_kept() -> None:
     deployed = reparameterize(pair, strict=True).model
     for got, want in zip(deployed(x), pair(x), strict=True):
         torch.testing.assert_close(got, want)
-    with pytest.raises(RuntimeError, match="with_sum must be True: the module was converted for its default"):
+    with pytest.raises(RuntimeError, match="with_sum must be True, which the module was converted for"):
         deployed(x, with_sum=False)
 
 

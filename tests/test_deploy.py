@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from foreign_blocks import ConvBN, ManyBranches, Mixer, Net, PostNormed, Residual
 from torch import Tensor, nn
+from torch.nn.utils.prune import l1_unstructured
 
 from repvgg_cuda import RepConv3x3, deploy, verify
 from repvgg_cuda.networks import randomise_
@@ -225,6 +226,47 @@ def test_training_mode_is_refused() -> None:
     trained.blocks[1].bn.train()
     with pytest.raises(RuntimeError, match=r"^deploy: blocks\.1\.bn is in training mode.*call model\.eval\(\) first"):
         deploy(trained, images())
+
+
+def _pruned() -> nn.Module:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3))
+    l1_unstructured(model[0], "weight", 0.3)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (_pruned, r"deploy: model cannot be copied \(Only Tensors .*\); .*torch\.nn\.utils\.prune\.remove"),
+        (lambda: nn.Sequential(nn.LazyConv2d(3, 3)).eval(), r"deploy: 0\.weight has no values yet"),
+        (lambda: torch.jit.trace(nn.ReLU(), images()), "deploy: model is TorchScript, .* that it was made from"),
+        (lambda: torch.relu, r"deploy: model must be a torch\.nn\.Module, got builtin_function_or_method"),
+    ],
+    ids=["pruned", "lazy", "TorchScript", "function"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::FutureWarning")
+def test_what_is_no_model_to_convert_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        deploy(make(), images())
+
+
+@pytest.mark.parametrize(
+    ("example", "got"),
+    [(None, "NoneType"), ({"x": 1}, "dict"), (torch.zeros(1, 2, dtype=torch.int64), r"\[1, 2\] of int64")],
+)
+def test_an_example_that_is_none_is_refused(example: Any, got: str) -> None:
+    with pytest.raises(RuntimeError, match=f"deploy: example_input must be a floating point tensor .*, got {got}"):
+        deploy(nn.Conv2d(3, 3, 3).eval(), example)
+
+
+def test_what_is_not_finite_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 3), nn.BatchNorm2d(3)).eval()
+    model[1].running_var[0] = -1
+    with (
+        pytest.warns(UserWarning, match="cannot fold 1 block"),
+        pytest.raises(RuntimeError, match="not folded: 0: it folds to NaN or infinity in float32"),
+    ):
+        deploy(model, images())
 
 
 def test_strict_raises_for_what_is_left() -> None:
@@ -492,7 +534,7 @@ def test_functions_fold() -> None:
         f"{name}.{kind}" for name in ("reparam", "reparam_1") for kind in ("weight", "bias")
     }
     torch.testing.assert_close(deployed(images()), trained(images()), rtol=1e-4, atol=1e-3)
-    with pytest.raises(RuntimeError, match=r"scale must be 1\.0: the module was converted for its default"):
+    with pytest.raises(RuntimeError, match=r"scale must be 1\.0, which the module was converted for, got 2\.0"):
         deployed(images(), scale=2.0)
 
 

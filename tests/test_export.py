@@ -300,7 +300,10 @@ def test_models_that_are_no_graph_are_refused_in_a_line(tmp_path: Path, model: n
 def test_models_with_branches_are_said_to_have_them(tmp_path: Path) -> None:
     model = timm_models.randomised(RepVGG([1, 1, 1, 1], **OPTIONS))
     exported = export.export_pt2(model, images(1, 64, 64), tmp_path / "m.pt2")
-    assert exported.notes == ("5 blocks still have branches (stage0, ...): fold them first, no runtime does",)
+    remedy = "fold first, with repvgg_cuda.deploy; no runtime does"
+    assert exported.notes == (f"5 blocks still have branches (stage0, stage1.0, stage2.0, ...): {remedy}",)
+    exported = export.export_pt2(Block(3).eval(), images(1, 8, 8), tmp_path / "m.pt2")
+    assert exported.notes == (f"1 block still has branches (the model itself): {remedy}",)
 
 
 @pytest.mark.parametrize("kind", ["onnx", "pt2"])

@@ -3,35 +3,25 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+import timm_models
 import torch
 
 from repvgg_cuda import deploy, testing
 from repvgg_cuda.networks import randomise_
 from repvgg_cuda.verification import NETWORK_FACTOR
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+@pytest.fixture(scope="module")
+def coverage() -> Any:
+    return timm_models.coverage()
 
 
 @pytest.fixture(scope="module")
-def coverage() -> Iterator[Any]:
-    sys.path.insert(0, str(BENCHMARKS))
-    yield importlib.import_module("timm_coverage")
-    sys.path.remove(str(BENCHMARKS))
-
-
-@pytest.fixture(scope="module")
-def timm(coverage: Any) -> Any:
-    try:
-        return coverage.import_timm()
-    except ImportError as error:
-        pytest.skip(f"timm is not installed: {error}")
+def timm() -> Any:
+    return timm_models.import_timm()
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""timm's models with BatchNorm statistics as training leaves them; skips, with the reason, where there is no timm.
-
-timm needs torchvision, for names alone. A torchvision built for another torch does not load its operators, and then
-fails to import; defining the two that it asks for by name is all that timm's models need of it.
-"""
+"""timm's models with BatchNorm statistics as training leaves them; skips, with the reason, where there is no timm."""
 
 from __future__ import annotations
 
+import importlib
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,23 +14,21 @@ from torch import nn
 
 from repvgg_cuda import testing
 
-_MISSING = ("nms", "qnms")
-_libraries: list[Any] = []
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def coverage() -> Any:
+    """The module benchmarks/timm_coverage.py."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.append(str(BENCHMARKS))
+    return importlib.import_module("timm_coverage")
 
 
 def import_timm() -> Any:
     try:
-        import torchvision  # noqa: F401
+        return coverage().import_timm()
     except ImportError as error:
-        pytest.skip(f"timm needs torchvision: {error}")
-    except RuntimeError as error:
-        if "torchvision::" not in str(error):
-            raise
-        library = torch.library.Library("torchvision", "DEF")  # noqa: TOR901
-        for name in _MISSING:
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _libraries.append(library)  # dropping it would undo the definitions
-    return pytest.importorskip("timm")
+        pytest.skip(f"timm is not installed: {error}")
 
 
 def create(name: str) -> nn.Module:
