@@ -84,6 +84,11 @@ def tuned_rows(
 def _measure(problem: Problem, names: Sequence[str], memory: ops.Memory) -> dict[str, float]:
     """Seconds per call of each algorithm on random inputs, interleaved."""
     device = problem.weight.device
+    require(
+        device.type != "cuda" or not torch.cuda.is_current_stream_capturing(),
+        "prepare: tune=True would measure now, at the first forward, which is being captured in a CUDA graph; give "
+        "prepare() an example, or run the model once before it is captured",
+    )
     x = torch.randn(problem.input_size, device=device).to(problem.weight.dtype)
     if problem.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
@@ -99,11 +104,6 @@ def _measure(problem: Problem, names: Sequence[str], memory: ops.Memory) -> dict
         return _seconds(
             timing.measure({name: run(name) for name in names}, timing.clock_for(device), rounds=TUNE_ROUNDS)
         )
-    require(
-        not torch.cuda.is_current_stream_capturing(),
-        "prepare: tune=True would measure now, at the first forward, which is being captured in a CUDA graph; give "
-        "prepare() an example, or run the model once before it is captured",
-    )
     with torch.cuda.device(device):
         return measure_graphs(CudaDevice(device.index), {name: run(name) for name in names})
 
