@@ -105,10 +105,10 @@ def rows(kernels: Iterable[Kernel]) -> Iterator[Row]:
     yield "registers of a thread, sm_80 and later", "242 to 254", "<= 232", f"at most {most} ({which})"
     spilled = [kernel for kernel in kernels if kernel.stack or kernel.local]
     yield "kernels that spill, any architecture", "0", "0", f"{len(spilled)} of {len(kernels)}"
-    alone = sorted({(tile, kernel.arch) for kernel, tile in later if gates.blocks(kernel) < 2}, key=str)
-    tiles = dict.fromkeys(str(tile) for tile, _ in alone)
-    found = "; ".join(f"1: {name} ({', '.join(f'sm_{a}' for t, a in alone if str(t) == name)})" for name in tiles)
-    yield "blocks on a multiprocessor, sm_80 and later", "1 to 2", "2", f"{found}; else 2 or more" if found else "2"
+    alone = [(kernel.arch, str(tile).partition(" ")[2]) for kernel, tile in later if gates.blocks(kernel) < 2]
+    archs = ", ".join(f"sm_{arch}" for arch in sorted({arch for arch, _ in alone}))
+    found = f"1 on {archs}: {', '.join(sorted({tile for _, tile in alone}))}; else 2 or more" if alone else "2 or more"
+    yield "blocks on a multiprocessor, sm_80 and later", "1 to 2", "2", found
     direct = [kernel for kernel in kernels if kernel.name.startswith("conv3x3_direct_kernel")]
     for what, pattern in (("16", r", 16, \d+, [12], \d+>"), ("4", r", 4, \d+, [12], \d+>")):
         shares = [_numbers(kernel)["share"] for kernel in direct if re.search(pattern, kernel.name)]
