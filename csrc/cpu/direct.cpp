@@ -152,7 +152,8 @@ Refusal refuse_stem(const ConvProblem& prob, const Device&) {
 }
 
 double stem_cost(const ConvProblem& prob, const Device&, bool packed) {
-  return blocked_cost(prob, 1.6 * products(prob, 1), 0, stem_bytes(prob), packed);
+  const double outputs = static_cast<double>(prob.N * prob.P() * prob.Q() * round_up(prob.K, target().lanes));
+  return blocked_cost(prob, 1.6 * 9 * static_cast<double>(prob.C) * outputs, 2 * outputs, stem_bytes(prob), packed);
 }
 
 int64_t direct_workspace(const ConvProblem& prob, const Device& device) {

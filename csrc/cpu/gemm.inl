@@ -7,8 +7,8 @@ constexpr int kGemmBlockC = 128;  // channels added up before the sums go back t
 // kRows tiles x kVectors vectors of output channels. Channels are added in ascending order, one multiply-add each,
 // however the work is cut: so results do not depend on it.
 template <int kRows, int kVectors>
-static void gemm_block(const float* a, int64_t a_stride, const float* b, int64_t c_blocks, float* m, int64_t m_stride,
-                       bool accumulate, const float* next, int next_lines) {
+static RVG_INLINE void gemm_block(const float* a, int64_t a_stride, const float* b, int64_t c_blocks, float* m,
+                                  int64_t m_stride, bool accumulate, const float* next, int next_lines) {
   Vec sum[kRows][kVectors] = {};
   if (accumulate) {
 #pragma GCC unroll 16
@@ -24,7 +24,8 @@ static void gemm_block(const float* a, int64_t a_stride, const float* b, int64_t
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         weights[v] = load(b + (c * kVectors + v) * kLanes);
-        pin(weights[v]);
+        // With three, one may be an operand in memory: that saves an instruction, and loads are not yet the bound.
+        if (kVectors < 3 || v + 1 < kVectors) pin(weights[v]);
       }
 #pragma GCC unroll 16
       for (int t = 0; t < kRows; ++t) {
@@ -32,6 +33,12 @@ static void gemm_block(const float* a, int64_t a_stride, const float* b, int64_t
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) sum[t][v] += value * weights[v];
       }
+    }
+    // Each sum back into its own register: else g++ moves them by way of the stack, in the longest chain there is.
+#pragma GCC unroll 16
+    for (int t = 0; t < kRows; ++t) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) pin(sum[t][v]);
     }
     for (int line = 0; line < next_lines; ++line, next += 16) __builtin_prefetch(next, 0, 2);
   }
@@ -42,14 +49,36 @@ static void gemm_block(const float* a, int64_t a_stride, const float* b, int64_t
   }
 }
 
-// gemm_block for `rows` tiles, 1 <= rows <= kRows.
+// A panel's channels that are added up at a time, and what is fetched meanwhile: `lines` cache lines per channel block
+// of a chunk of tiles, while `next` is before `next_end`.
+struct GemmStep {
+  const float* a;
+  const float* b;
+  float* m;
+  int64_t stride, c_blocks;
+  bool accumulate;
+  const float* next;
+  const float* next_end;
+  int lines;
+};
+
+// Tiles [begin, end) in chunks of kRows.
 template <int kRows, int kVectors>
-static inline void gemm_rows(int64_t rows, const float* a, int64_t a_stride, const float* b, int64_t c_blocks, float* m,
-                             int64_t m_stride, bool accumulate, const float* next, int next_lines) {
+static void gemm_chunks(GemmStep* p, int64_t begin, int64_t end) {
+  for (int64_t tile = begin; tile < end; tile += kRows) {
+    gemm_block<kRows, kVectors>(p->a + tile * kLanes, p->stride, p->b, p->c_blocks, p->m + tile * kLanes, p->stride,
+                                p->accumulate, p->next, p->next < p->next_end ? p->lines : 0);
+    p->next += p->lines * 16 * p->c_blocks;
+  }
+}
+
+// gemm_chunks of `rows` tiles, 1 <= rows <= kRows.
+template <int kRows, int kVectors>
+static void gemm_rows(int64_t rows, GemmStep* p, int64_t begin, int64_t end) {
   if (rows == kRows) {
-    gemm_block<kRows, kVectors>(a, a_stride, b, c_blocks, m, m_stride, accumulate, next, next_lines);
+    gemm_chunks<kRows, kVectors>(p, begin, end);
   } else if constexpr (kRows > 1) {
-    gemm_rows<kRows - 1, kVectors>(rows, a, a_stride, b, c_blocks, m, m_stride, accumulate, next, next_lines);
+    gemm_rows<kRows - 1, kVectors>(rows, p, begin, end);
   }
 }
 
@@ -58,22 +87,18 @@ static void gemm_panel(const GemmPanel& p) {
   constexpr int kRows = register_rows(kRegisters, kVectors);
   constexpr int kBlock = kGemmBlockC / kLanes, kStep = kVectors * kLanes * kLanes;  // floats of b per channel block
   const int64_t stride = p.tiles * kLanes;
-  const int64_t chunks = (p.tiles + kRows - 1) / kRows;
-  // What is fetched for the next panel is spread over the chunks: so many cache lines per channel block and chunk.
-  const int lines = static_cast<int>((kStep / 16 + chunks - 1) / chunks);
+  // Chunks of even height: the first ones of `rows` tiles, the others of one less.
+  const int64_t chunks = (p.tiles + kRows - 1) / kRows, rows = (p.tiles + chunks - 1) / chunks;
+  const int64_t others = (p.tiles - (rows - 1) * chunks) * rows;
+  // What is fetched for the next panel is spread over the chunks.
+  const int lines = p.next == nullptr ? 0 : static_cast<int>((kStep / 16 + chunks - 1) / chunks);
   for (int64_t block = 0; block < p.c_blocks; block += kBlock) {
     const int64_t count = p.c_blocks - block < kBlock ? p.c_blocks - block : kBlock;
-    const float* next = p.next + block * kStep;
-    const float* const next_end = next + count * kStep;
-    int64_t tile = 0;
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      const int64_t rows = (p.tiles - tile + chunks - chunk - 1) / (chunks - chunk);  // of even height
-      const bool fetch = p.next != nullptr && next < next_end;
-      gemm_rows<kRows, kVectors>(rows, p.a + block * stride + tile * kLanes, stride, p.b + block * kStep, count,
-                                 p.m + tile * kLanes, stride, block > 0, next, fetch ? lines : 0);
-      next += lines * 16 * count;
-      tile += rows;
-    }
+    const float* const next = p.next == nullptr ? nullptr : p.next + block * kStep;
+    const float* const next_end = p.next == nullptr ? nullptr : next + count * kStep;
+    GemmStep step = {p.a + block * stride, p.b + block * kStep, p.m, stride, count, block > 0, next, next_end, lines};
+    gemm_rows<kRows, kVectors>(rows, &step, 0, others);
+    if (others < p.tiles) gemm_rows<kRows, kVectors>(rows - 1, &step, others, p.tiles);
   }
 }
 

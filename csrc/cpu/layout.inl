@@ -11,11 +11,9 @@ static void clear_padding(const Blocked& y, float* row, int64_t count, int64_t r
   }
 }
 
-// kLanes pixels of kLanes channels, each channel `plane` floats from the next.
-static RVG_INLINE void gather_planes(const float* x, int64_t plane, Vec* v) {
-#pragma GCC unroll 16
-  for (int c = 0; c < kLanes; ++c) v[c] = load(x + c * plane);
-  transpose(v);
+// Where a row's next vector of pixels begins: the last one ends with the row, over pixels that are done already.
+static RVG_INLINE int64_t next_vector(int64_t w, int64_t W) {
+  return w + 2 * kLanes <= W || w + kLanes == W ? w + kLanes : W - kLanes;
 }
 
 static void planes_to_inner(const Reorder& p, int64_t channels) {
@@ -24,15 +22,19 @@ static void planes_to_inner(const Reorder& p, int64_t channels) {
   for (int64_t h = p.begin; h < p.end; ++h) {
     const float* x = base + h * W;
     float* out = p.inner.pixel(p.n, p.block, h, 0);
-    int64_t w = 0;
-    for (; channels == kLanes && w + kLanes <= W; w += kLanes) {
+    if (channels < kLanes || W < kLanes) {
+      for (int64_t w = 0; w < W; ++w) {
+        for (int64_t c = 0; c < kLanes; ++c) out[w * kLanes + c] = c < channels ? x[c * plane + w] : 0.0f;
+      }
+      continue;
+    }
+    for (int64_t w = 0; w < W; w = next_vector(w, W)) {
       Vec v[kLanes];
-      gather_planes(x + w, plane, v);
+#pragma GCC unroll 16
+      for (int c = 0; c < kLanes; ++c) v[c] = load(x + c * plane + w);
+      transpose(v);
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) store(out + (w + i) * kLanes, v[i]);
-    }
-    for (; w < W; ++w) {
-      for (int64_t c = 0; c < kLanes; ++c) out[w * kLanes + c] = c < channels ? x[c * plane + w] : 0.0f;
     }
   }
 }
@@ -43,17 +45,19 @@ static void planes_from_inner(const Reorder& p, int64_t channels) {
   for (int64_t h = p.begin; h < p.end; ++h) {
     float* y = base + h * W;
     const float* in = p.inner.pixel(p.n, p.block, h, 0);
-    int64_t w = 0;
-    for (; channels == kLanes && w + kLanes <= W; w += kLanes) {
+    if (channels < kLanes || W < kLanes) {
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t w = 0; w < W; ++w) y[c * plane + w] = in[w * kLanes + c];
+      }
+      continue;
+    }
+    for (int64_t w = 0; w < W; w = next_vector(w, W)) {
       Vec v[kLanes];
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) v[i] = load(in + (w + i) * kLanes);
       transpose(v);
 #pragma GCC unroll 16
       for (int c = 0; c < kLanes; ++c) store(y + c * plane + w, v[c]);
-    }
-    for (; w < W; ++w) {
-      for (int64_t c = 0; c < channels; ++c) y[c * plane + w] = in[w * kLanes + c];
     }
   }
 }

@@ -32,22 +32,41 @@ static inline void pin(Vec& v) {
 #endif
 }
 
-// Transposes a kLanes x kLanes matrix: each round interleaves the halves of the list.
-static inline void transpose(Vec* v) {
-  VecIndex low = {}, high = {};
+// Transposes a kLanes x kLanes matrix: first the 4 x 4 blocks in themselves, whose shuffles stay within 16 bytes, then
+// the blocks.
+static RVG_INLINE void transpose(Vec* v) {
+  VecIndex low = {}, high = {}, low_pair = {}, high_pair = {};
   for (int i = 0; i < kLanes; ++i) {
-    low[i] = i / 2 + i % 2 * kLanes;
-    high[i] = low[i] + kLanes / 2;
+    const int block = i / 4 * 4, from = i % 2 * kLanes, pair = i % 4 / 2 * kLanes;
+    low[i] = block + i % 4 / 2 + from;
+    high[i] = low[i] + 2;
+    low_pair[i] = block + i % 2 + pair;
+    high_pair[i] = low_pair[i] + 2;
   }
 #pragma GCC unroll 4
-  for (int round = 1; round < kLanes; round *= 2) {
-    Vec next[kLanes];
-#pragma GCC unroll 8
-    for (int i = 0; i < kLanes / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(v[i], v[i + kLanes / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(v[i], v[i + kLanes / 2], high);
+  for (int q = 0; q < kLanes; q += 4) {
+    const Vec low01 = __builtin_shuffle(v[q], v[q + 1], low), high01 = __builtin_shuffle(v[q], v[q + 1], high);
+    const Vec low23 = __builtin_shuffle(v[q + 2], v[q + 3], low), high23 = __builtin_shuffle(v[q + 2], v[q + 3], high);
+    v[q] = __builtin_shuffle(low01, low23, low_pair);
+    v[q + 1] = __builtin_shuffle(low01, low23, high_pair);
+    v[q + 2] = __builtin_shuffle(high01, high23, low_pair);
+    v[q + 3] = __builtin_shuffle(high01, high23, high_pair);
+  }
+#pragma GCC unroll 4
+  for (int d = 4; d < kLanes; d *= 2) {
+    VecIndex first = {}, second = {};
+    for (int i = 0; i < kLanes; ++i) {
+      first[i] = i & d ? i - d + kLanes : i;
+      second[i] = i & d ? i + kLanes : i + d;
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) v[i] = next[i];
+#pragma GCC unroll 4
+    for (int begin = 0; begin < kLanes; begin += 2 * d) {
+#pragma GCC unroll 8
+      for (int i = begin; i < begin + d; ++i) {
+        const Vec a = v[i], b = v[i + d];
+        v[i] = __builtin_shuffle(a, b, first);
+        v[i + d] = __builtin_shuffle(a, b, second);
+      }
+    }
   }
 }

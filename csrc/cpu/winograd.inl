@@ -89,12 +89,22 @@ struct TileBuffers {
   int64_t pitch[kMaxPoints];
 };
 
-// Inputs of the tile whose first one is at x.
+// Fetches `rows` x `cols` pixels into the cache: rows of a plane are too short for the processor to see a stream.
+template <int rows, int cols, bool kWrite>
+static RVG_INLINE void prefetch_pixels(const float* x, int64_t pitch) {
+  for (int i = 0; i < rows; ++i) {
+    for (int j = 0; j < cols * kLanes; j += 16) __builtin_prefetch(x + i * pitch + j, kWrite);
+  }
+}
+
+// Inputs of the tile whose first one is at x. The inputs of the tile below are fetched meanwhile.
 template <const WinogradPoints& kSet, int kStride, int nr, int nc>
 static void input_tile(const float* x, int64_t pitch, const TileBuffers& v, int64_t col, int64_t direct_col) {
   constexpr int kPoints = scheme_points<kSet, kStride>(), kDirect = kPoints - 1;
   constexpr int kRows = 2 * nr + 2, kCols = 2 * nc + 2;
   constexpr int kRowsIn = kStride == 1 ? kRows : 2 * kRows - 1, kOdd = kRows - 1, kOddCols = kCols - 1;
+  constexpr int kNewRows = kStride * tile_outputs<kStride>(nr), kNewCols = kStride * tile_outputs<kStride>(nc);
+  prefetch_pixels<kNewRows, kNewCols, false>(x + kRowsIn * pitch + kStride * kLanes, pitch);
   Vec t[kRowsIn][kCols];
 #pragma GCC unroll 16
   for (int i = 0; i < kRowsIn; ++i) {
@@ -146,13 +156,14 @@ static RVG_INLINE Vec finish(Vec sum, const TileEpilogue& epilogue) {
   return v < epilogue.floor ? epilogue.floor : v;
 }
 
-// Writes the valid outputs of a tile to y.
+// Writes the valid outputs of a tile to y. Where the tile below will be written is fetched meanwhile.
 template <const WinogradPoints& kSet, int kStride, int nr, int nc>
 static void output_tile(const TileBuffers& m, int64_t col, int64_t direct_col, float* y, int64_t pitch, int64_t rows,
                         int64_t cols, const TileEpilogue& epilogue) {
   constexpr int kPoints = scheme_points<kSet, kStride>(), kDirect = kPoints - 1;
   constexpr int kRows = 2 * nr + 2, kCols = 2 * nc + 2;
   constexpr int kRowsOut = tile_outputs<kStride>(nr), kColsOut = tile_outputs<kStride>(nc);
+  prefetch_pixels<kRowsOut, kColsOut, true>(y + kRowsOut * pitch, pitch);
   Vec t[kRowsOut][kCols], direct[kRowsOut][kColsOut];
 #pragma GCC unroll 8
   for (int j = 0; j < kCols; ++j) {
