@@ -330,8 +330,17 @@ def test_what_is_not_a_cache_is_ignored_and_kept(content: str | bytes, clock: Fa
 @needs_module
 @pytest.mark.parametrize(
     "times",
-    ["x", {}, {"direct": -1.0}, {"direct": True}, {"direct": "1"}, {"direct": float("nan")}, {"unknown": 1.0}],
-    ids=str,
+    [
+        "x",
+        {},
+        {"direct": -1.0},
+        {"direct": True},
+        {"direct": "1"},
+        {"direct": float("nan")},
+        {"direct": 10**400},
+        {"unknown": 1.0},
+    ],
+    ids=lambda times: str(times)[:20],
 )
 def test_an_entry_without_sense_is_measured_anew(times: Any, clock: FakeClock, file: Path) -> None:
     clock.milliseconds["direct"] = 10.0
