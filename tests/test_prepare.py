@@ -14,24 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from prepared_networks import calls, images, network, repackings, repconvs
+from prepared_networks import X, calls, images, layer, network, repackings, repconvs
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 import repvgg_cuda
-from repvgg_cuda import RepConv3x3, RepVGGBlock, _ext, packed, prepared, testing
+from repvgg_cuda import RepConv3x3, RepVGGBlock, _ext, packed, prepared
 from repvgg_cuda.models import RepVGG
 
 needs_module = pytest.mark.skipif(_ext.module is None, reason=f"the compiled module {_ext.why_missing}")
-
-
-LAYER = testing.Case("layer", 2, 16, 15, 14, 24)
-X = LAYER.tensors()[0]
-
-
-def layer(case: testing.Case = LAYER, **kwargs: Any) -> RepConv3x3:
-    conv = RepConv3x3(case.C, case.K, stride=case.stride, groups=case.groups, activation="relu", **kwargs)
-    return conv.eval()
 
 
 # --------------------------------------------------------------------------------------------------------- one layer

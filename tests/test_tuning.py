@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from prepared_networks import images
+from prepared_networks import X, images, layer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -25,14 +25,6 @@ from repvgg_cuda.devices import CudaDevice, DryRunDevice
 from repvgg_cuda.explanation import Candidate
 
 needs_module = pytest.mark.skipif(_ext.module is None, reason=f"the compiled module {_ext.why_missing}")
-
-LAYER = testing.Case("layer", 2, 16, 15, 14, 24)
-X = LAYER.tensors()[0]
-
-
-def layer(case: testing.Case = LAYER, **kwargs: Any) -> RepConv3x3:
-    conv = RepConv3x3(case.C, case.K, stride=case.stride, groups=case.groups, activation="relu", **kwargs)
-    return conv.eval()
 
 
 class FakeClock:
