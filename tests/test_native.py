@@ -102,6 +102,17 @@ def test_sanitizers(sanitized_driver: Path, isa: str) -> None:
     check_report(run(sanitized_driver, "--quick", env={"REPVGG_CUDA_CPU_ISA": isa}), isa)
 
 
+@pytest.mark.skipif(not X86 or "fma" not in Path("/proc/cpuinfo").read_text(), reason="this CPU has no fma")
+def test_wide_vectors_anywhere(compiler: str, driver: Path, tmp_path: Path) -> None:
+    """The AVX-512 source with its 16 lanes and 32 registers, compiled for AVX2: what it computes, if not its code."""
+    wide, binary = tmp_path / "target_avx512.o", tmp_path / "driver"
+    flags = ("-O1", "-mavx2", "-mfma", "-Wno-psabi", "-DRVG_SPLIT_AVX512")  # -O2 takes twice as long to compile
+    run(compiler, *FLAGS, *flags, "-c", ROOT / "csrc/cpu/target_avx512.cpp", "-o", wide)
+    others = [path for path in driver.parent.glob("*.o") if path.name != wide.name]
+    run(compiler, *FLAGS, wide, *others, "-o", binary)
+    check_report(run(binary, "--quick", env={"REPVGG_CUDA_CPU_ISA": "avx512"}), "avx512")
+
+
 @pytest.mark.skipif(
     os.environ.get("REPVGG_CUDA_TEST_AARCH64", "0") in ("", "0"),
     reason="emulation takes many minutes: set REPVGG_CUDA_TEST_AARCH64=1",

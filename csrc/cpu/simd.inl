@@ -24,8 +24,10 @@ static inline Vec load_first(const float* p, int64_t count) {
 }
 
 // Keeps v in a register. Without it g++ loads v from memory again in each of its uses.
-static inline void pin(Vec& v) {
-#if defined(__x86_64__)
+static inline void pin([[maybe_unused]] Vec& v) {
+#if defined(RVG_SPLIT_AVX512) && RVG_VECTOR_BYTES == 64
+  // There is no such register.
+#elif defined(__x86_64__)
   asm volatile("" : "+v"(v));
 #elif defined(__aarch64__)
   asm volatile("" : "+w"(v));

@@ -3,9 +3,10 @@
 //
 // The output is cut into tiles, exactly: the last tiles of a row or column are of a smaller class. A block is some rows
 // of tiles, of one or more images. Its inputs are transformed to V; for each point, V times the packed weights gives M;
-// M is transformed to outputs. With small weights each thread takes blocks of its own; with large ones all threads work
-// on one block, which is as high as pays for reading the weights, and split first its channels, then its output
-// channels. Every output is computed by the same operations in the same order, however the work is cut.
+// M is transformed to outputs. With large weights a block is as high as pays for reading them. Each thread takes blocks
+// of its own; but where it would have too few tiles for such weights, all threads work on one block, and split first its
+// channels, then its output channels: half of V then comes from another core. Every output is computed by the same
+// operations in the same order, however the work is cut.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -21,7 +22,8 @@ namespace {
 constexpr int64_t kCacheBytes =
     640 * 1024;  // of V and M of a thread's own block: measured best beside a second-level cache of 512
 constexpr int64_t kSmallWeights = 1024 * 1024;  // packed weights that stay in the caches while blocks pass by
-constexpr int64_t kSharedTiles = 64;            // tiles that pay for reading larger weights
+constexpr int64_t kLargeTiles = 64;             // tiles that pay for reading larger weights
+constexpr int64_t kOwnTiles = 20;               // tiles of a thread that pay for reading them by itself
 constexpr int64_t kProductBytes = 320 * 1024;   // of M at a time
 
 struct Scheme {
@@ -79,10 +81,11 @@ struct Plan {
     const int64_t weights = 4 * points * group.weights();
     const int64_t v_row = 4 * point_floats(1, group.c_blocks),
                   m_row = 4 * point_floats(1, group.panels * group.vectors);
-    shared = weights > kSmallWeights || tile_rows < 2 * threads;
     const int64_t tiles = static_cast<int64_t>(cols.size());
-    int64_t height = shared ? std::max<int64_t>(ceil_div(kSharedTiles, tiles), kCacheBytes / (v_row + m_row))
-                            : kCacheBytes / (v_row + m_row);
+    const bool large = weights > kSmallWeights;
+    shared = large ? threads == 1 || tile_rows / threads * tiles < kOwnTiles : tile_rows < 2 * threads;
+    int64_t height = kCacheBytes / (v_row + m_row);
+    if (large || shared) height = std::max(height, ceil_div(kLargeTiles, tiles));
     height = std::clamp<int64_t>(height, 1, tile_rows);
     blocks = ceil_div(tile_rows, height);
     if (!shared) blocks = std::min(round_up(blocks, threads), tile_rows);
