@@ -16,7 +16,7 @@ import csv
 import io
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from repvgg_cuda.files import write_text_atomically
 from repvgg_cuda.gpu_model import MODES, Mode, Prediction
 from repvgg_cuda.gpus import GPUS, Gpu
 from repvgg_cuda.models import model_names
+from repvgg_cuda.testing import Case
 
 PREDICTED = "predicted, not measured"
 BATCHES = (1, 8, 32, 128)
@@ -36,9 +37,9 @@ DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "gpu-model.md"
 
 #: What the document shows; the whole family is a command away.
 SUMMARY_MODELS = ("RepVGG-A0", "RepVGG-A2", "RepVGG-B1", "RepVGG-B1g4", "RepVGG-B3g4")
-LAYER_MODELS = ("RepVGG-A0", "RepVGG-B1", "RepVGG-B1g4")
 DOCUMENT_MODES = ("fp16", "tf32", "fp32")
-LAYER_GPUS = ("A100", "H100")
+#: Of these every layer of the family.
+LAYER_TABLES = (("A100", "fp16"), ("A100", "tf32"), ("A100", "fp32"), ("H100", "fp16"))
 
 
 @dataclass(frozen=True)
@@ -115,12 +116,13 @@ def networks(models: Sequence[str], gpus: Sequence[str], modes: Sequence[str], b
 
 
 LAYER_COLUMNS = (
-    "layer", "x", "batch", "row", "tile", "blocks", "per SM", "waves", "floor", "ours", "bound by", "cuDNN fused",
+    "layer", "in", "batch", "row", "tile", "blocks", "per SM", "waves", "floor", "ours", "bound by", "cuDNN fused",
     "compiled", "eager", "its kernel",
 )  # fmt: skip
 
 
-def layer_cells(layer: Prediction, count: int) -> tuple[str, ...]:
+def layer_cells(layer: Prediction, where: str) -> tuple[str, ...]:
+    """``where``: in which networks it is, or how often in one."""
     case, own = layer.case, layer.own
     size = f"{case.C}->{case.K}, {case.H}x{case.W}"
     size += (", s2" if case.stride == 2 else "") + (f", g{case.groups}" if case.groups > 1 else "")
@@ -133,7 +135,7 @@ def layer_cells(layer: Prediction, count: int) -> tuple[str, ...]:
         plan = (row, tile, str(own.plan.blocks), str(own.resident), str(own.waves))
         plan += (f"{layer.floor_us:.1f}", f"{own.us:.1f}", own.bound)
     rivals = (f"{us:.1f}" for us in (layer.fused.us, layer.compiled_us, layer.eager_us))
-    return (size, str(count), str(case.N), *plan, *rivals, layer.fused.kernel)
+    return (size, where, str(case.N), *plan, *rivals, layer.fused.kernel)
 
 
 NETWORK_COLUMNS = (
@@ -297,24 +299,29 @@ def behind(found: Sequence[Network]) -> Iterator[str]:
     yield ""
 
 
-def layer_tables(gpu: str, mode: str) -> Iterator[str]:
-    columns = LAYER_COLUMNS
-    for model in LAYER_MODELS:
-        rows = [
-            layer_cells(layer, count)
-            for batch in BATCHES
-            for layer, count in layers_of(model, GPUS[gpu], MODES[mode], batch)
-        ]
-        if all(row[3] == "aten" for row in rows):
-            continue
-        order = list(dict.fromkeys(row[0] for row in rows))
-        rows.sort(key=lambda cells: order.index(cells[0]))  # a layer's batches together
-        yield f"<details><summary>{model}, {mode}, {gpu}</summary>"
-        yield ""
-        yield from markdown_table(columns, rows)
-        yield ""
-        yield "</details>"
-        yield ""
+def family() -> dict[Case, list[str]]:
+    """Every 3x3 layer of the family at batch 1, once, and the networks that have it."""
+    found: dict[Case, list[str]] = {}
+    for model in model_names():
+        for case, _ in gpu_model.distinct(gpu_model.network(model), 1):
+            found.setdefault(case, []).append(model.removeprefix("RepVGG-"))
+    return found
+
+
+def layer_table(gpu: str, mode: str) -> Iterator[str]:
+    """Every layer of the family at every batch, in the order of the networks' first layers to their last."""
+    rows = []
+    for case, models in sorted(family().items(), key=lambda each: (-each[0].H, each[0].C, each[0].K, each[0].groups)):
+        for batch in BATCHES:
+            prediction = gpu_model.predict(GPUS[gpu], replace(case, N=batch), MODES[mode])
+            assert prediction is not None
+            rows.append(layer_cells(prediction, ", ".join(models)))
+    yield f"<details><summary>Every layer, {mode}, {gpu}: predicted, not measured</summary>"
+    yield ""
+    yield from markdown_table(LAYER_COLUMNS, rows)
+    yield ""
+    yield "</details>"
+    yield ""
 
 
 def document() -> str:
@@ -326,14 +333,15 @@ def document() -> str:
         lines += summary(mode, [network for network in found if network.mode.name == mode])
     lines += ["## Layer by layer", ""]
     lines.append(
-        "Times in microseconds. row: ours, or aten where each of ours refuses; 'if named' where `auto` takes another. "
-        "tile: output channels x rows x columns of a block; per SM: how many blocks a multiprocessor holds. `--csv` "
-        "writes every network, GPU and dtype."
+        "Each 3x3 layer of the family once, at batch 1, 8, 32 and 128. Times in microseconds. in: which networks have "
+        "it; row: ours, or aten where each of ours refuses, 'if named' where `auto` takes another; tile: output "
+        "channels x rows x columns of a block (CTA); per SM: how many blocks a multiprocessor holds; waves: how many "
+        "times that fills the GPU; floor: the least time, ours: the predicted one. `--csv` writes every network, GPU "
+        "and dtype."
     )
     lines.append("")
-    for gpu in LAYER_GPUS:
-        for mode in DOCUMENT_MODES:
-            lines += layer_tables(gpu, mode)
+    for gpu, mode in LAYER_TABLES:
+        lines += layer_table(gpu, mode)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -370,7 +378,9 @@ def main(argv: list[str] | None = None) -> int:
                     every += [(model, *each) for each in layers_of(model, GPUS[gpu], MODES[mode], batch)]
     if args.layers:
         for model, gpu, mode in dict.fromkeys((model, p.gpu.name, p.mode.name) for model, p, _ in every):
-            rows = [layer_cells(p, n) for name, p, n in every if (name, p.gpu.name, p.mode.name) == (model, gpu, mode)]
+            rows = [
+                layer_cells(p, f"{n}x") for name, p, n in every if (name, p.gpu.name, p.mode.name) == (model, gpu, mode)
+            ]
             show(console, f"{model} on {gpu}, {mode}", LAYER_COLUMNS, rows)
     else:
         found = networks(models, args.gpu, args.dtype, args.batch)

@@ -21,6 +21,7 @@ from repvgg_cuda.preparation import prepare
 from repvgg_cuda.report import Entry, Report
 from repvgg_cuda.rewriting import replace_modules
 from repvgg_cuda.structure import conv_geometry, has_hooks, is_plain_conv
+from repvgg_cuda.tuning_cache import Tune
 from repvgg_cuda.verification import Verification, arguments, compare
 
 Example = Tensor | Sequence[Any]
@@ -36,7 +37,7 @@ def deploy(
     verify: bool = True,
     flush_denormals: bool = False,
     memory: ops.Memory = "fast",
-    tune: bool = False,
+    tune: Tune = False,
 ) -> Conversion:
     """A copy of ``model`` ready for inference: :func:`repvgg_cuda.reparameterize`, then every 3x3 convolution with zero
     padding 1 and stride 1 or 2 becomes a :class:`RepConv3x3` (taking over a ReLU behind it), ``prepare`` and

@@ -22,6 +22,7 @@ from repvgg_cuda.modules import RepVGGBlock, RepVGGplusBlock
 from repvgg_cuda.preparation import prepare
 from repvgg_cuda.prepared import Report
 from repvgg_cuda.runs import BlockSequence, RepVGGplusStage, run, unrolled
+from repvgg_cuda.tuning_cache import Tune
 
 # --------------------------------------------------------------------------------------------------------------- plan
 
@@ -191,7 +192,7 @@ class _Network(nn.Module):
         return list(features.values())
 
     def prepare(
-        self, example: Tensor | Sequence[Any] | None = None, *, memory: ops.Memory = "fast", tune: bool = False
+        self, example: Tensor | Sequence[Any] | None = None, *, memory: ops.Memory = "fast", tune: Tune = False
     ) -> Report:
         """:func:`repvgg_cuda.prepare` of this network: packs its weights, and runs whole stretches of blocks as one.
 

@@ -20,6 +20,7 @@ from repvgg_cuda.branches import Branches, require
 from repvgg_cuda.prepared import PreparedWeights, Report, prepare_alone
 from repvgg_cuda.reference import ACTIVATIONS, output_format
 from repvgg_cuda.structure import pair, read_branches, refuse_hooks
+from repvgg_cuda.tuning_cache import Tune
 
 
 class RepConv3x3(nn.Module):
@@ -100,7 +101,7 @@ class RepConv3x3(nn.Module):
         )
 
     def prepare(
-        self, example: Tensor | Sequence[int] | None = None, *, memory: ops.Memory = "fast", tune: bool = False
+        self, example: Tensor | Sequence[int] | None = None, *, memory: ops.Memory = "fast", tune: Tune = False
     ) -> Report:
         """Packs the weight once, for the forwards in eval mode to come. Packed weights are never saved or copied.
 
@@ -111,7 +112,7 @@ class RepConv3x3(nn.Module):
             example: an input, or its size ``[N, C_in, H, W]``, for which the algorithm is chosen; other sizes run on
                 it too. None: the first forward decides.
             memory: ``"low"`` chooses among the algorithms whose packed weights are no larger than the weight.
-            tune: choose by measuring, which takes up to seconds, instead of by prediction.
+            tune: choose by measuring, as for :func:`repvgg_cuda.prepare`, instead of by prediction.
         Returns:
             What was chosen among what. Print it.
         Raises:

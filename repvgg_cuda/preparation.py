@@ -13,7 +13,8 @@ from torch import Tensor
 from repvgg_cuda import ops
 from repvgg_cuda.branches import require
 from repvgg_cuda.modules import RepConv3x3
-from repvgg_cuda.prepared import Entry, Measured, PreparedWeights, Report, prepare_layer, report
+from repvgg_cuda.prepared import Entry, PreparedWeights, Report, prepare_layer, report
+from repvgg_cuda.tuning_cache import Tune, cache_for
 
 
 def prepare(
@@ -21,7 +22,7 @@ def prepare(
     example: Tensor | Sequence[Any] | None = None,
     *,
     memory: ops.Memory = "fast",
-    tune: bool = False,
+    tune: Tune = False,
 ) -> Report:
     """Packs the weights of every :class:`RepConv3x3` in ``model``, for the forwards in eval mode to come.
 
@@ -35,7 +36,9 @@ def prepare(
             It runs once, to see the size of every layer's input, for which the algorithms are chosen. Other sizes run
             on them too. None: the first forward decides.
         memory: ``"low"`` chooses among the algorithms whose packed weights are no larger than the weight.
-        tune: choose by measuring, which takes up to seconds for each kind of layer, instead of by prediction.
+        tune: choose by measuring, which takes up to seconds for each kind of layer, instead of by prediction. Times are
+            kept in a file, so that another process does not measure again: a path says in which, True: in that of the
+            environment variable ``REPVGG_CUDA_TUNING_CACHE`` (empty: none), else in the user's cache directory.
     Returns:
         One entry per layer, with the time of each candidate and the memory. Print it.
     Raises:
@@ -53,7 +56,7 @@ def prepare(
         "call .eval() first",
     )
     sizes = {} if example is None else _input_sizes(model, layers, example)
-    measured: Measured = {}
+    cache = cache_for(tune)
     entries = []
     for path, layer in layers.items():
         if example is not None and path not in sizes:
@@ -62,7 +65,7 @@ def prepare(
             entries.append(Entry(path, "", None, (), weight_bytes, 0, "the example does not reach it"))
             continue
         layer.prepared = PreparedWeights(sizes.get(path), memory, tune)
-        entries.append(prepare_layer(path, layer, layer.prepared, measured))
+        entries.append(prepare_layer(path, layer, layer.prepared, cache))
     return report(entries, list(layers.values()), tune)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What ``prepare()`` leaves with a layer, the choice by measurement, and the report.
+"""What ``prepare()`` leaves with a layer, and the report.
 
 A layer keeps a :class:`PreparedWeights`: packed weights and what they were made from. They are no part of the model's
 state: ``state_dict`` does not know them, copies and pickles make their own.
@@ -8,7 +8,7 @@ state: ``state_dict`` does not know them, copies and pickles make their own.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -16,17 +16,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from repvgg_cuda import ops, timing
+from repvgg_cuda import ops
 from repvgg_cuda.branches import require
 from repvgg_cuda.explanation import Candidate, aligned, byte_text, explain_rows, layer_text, place_text, time_text
 from repvgg_cuda.packed import read
 from repvgg_cuda.reference import check_prepack
-
-#: Samples of each candidate where the choice is by measurement.
-TUNE_ROUNDS = 15
-
-#: Times by candidate of layers measured before, so that equal layers are measured once.
-Measured = dict[tuple[object, ...], Mapping[str, float]]
+from repvgg_cuda.tuning import Problem, tuned_rows
+from repvgg_cuda.tuning_cache import Tune, TuningCache, cache_for
 
 
 class Layer(Protocol):
@@ -68,7 +64,8 @@ class PreparedWeights:
     operator then compares 16 samples of the weight and raises; a new ``prepare()`` mends it.
     """
 
-    def __init__(self, input_size: tuple[int, ...] | None, memory: ops.Memory, tune: bool) -> None:
+    def __init__(self, input_size: tuple[int, ...] | None, memory: ops.Memory, tune: Tune) -> None:
+        require(tune != "", "prepare: tune must be True, False or the path of a file, got ''")
         self.input_size, self.memory, self.tune = input_size, memory, tune
         self.choice: _Choice | None = None  # stays when the values of the weight change
         self._made: _Made | None = None  # replaced as a whole: several threads may run the layer
@@ -91,7 +88,7 @@ class PreparedWeights:
         """Frees the packed weights. They are made again when needed."""
         self._made = None
 
-    def packed_for(self, layer: Layer, input_size: Sequence[int], measured: Measured | None = None) -> Tensor | None:
+    def packed_for(self, layer: Layer, input_size: Sequence[int], cache: TuningCache | None = None) -> Tensor | None:
         """The packed weights of ``layer``, which reads inputs of ``input_size``; None if it has no plain weight.
 
         A computed weight (pruned, parametrized, swapped in by ``torch.func``) is another one in every call.
@@ -102,10 +99,10 @@ class PreparedWeights:
         if type(weight) is not nn.Parameter:
             return None
         if made is None or made.weight is not weight or made.state != _state(weight, layer.algorithm):
-            made = self._make(layer, weight, input_size, measured)
+            made = self._make(layer, weight, input_size, cache)
         return made.packed
 
-    def _make(self, layer: Layer, weight: nn.Parameter, input_size: Sequence[int], measured: Measured | None) -> _Made:
+    def _make(self, layer: Layer, weight: nn.Parameter, input_size: Sequence[int], cache: TuningCache | None) -> _Made:
         with self._making:
             state, made = _state(weight, layer.algorithm), self._made
             if made is not None and made.weight is weight and made.state == state:
@@ -116,7 +113,7 @@ class PreparedWeights:
             with torch.inference_mode(False), torch.no_grad():
                 choice, kind = self.choice, state[2:]
                 if choice is None or choice.kind != kind:
-                    candidates = self._candidates(layer, weight, size, {} if measured is None else measured)
+                    candidates = self._candidates(layer, weight, size, cache)
                     # An algorithm that is unknown is refused next.
                     name = next((c.name for c in candidates if c.chosen), layer.algorithm)
                     choice = _Choice(name, candidates, kind)
@@ -125,12 +122,16 @@ class PreparedWeights:
             return self._made
 
     def _candidates(
-        self, layer: Layer, weight: nn.Parameter, size: tuple[int, ...], measured: Measured
+        self, layer: Layer, weight: nn.Parameter, size: tuple[int, ...], cache: TuningCache | None
     ) -> tuple[Candidate, ...]:
         rows = explain_rows(weight, size, layer.stride, layer.groups, prepared=True, memory=self.memory)
         if layer.algorithm != "auto":
             return tuple(replace(row, chosen=row.name == layer.algorithm) for row in rows)
-        return _tuned(layer, weight, size, self.memory, rows, measured) if self.tune else rows
+        if not self.tune:
+            return rows
+        bias = layer._parameters.get("bias")
+        problem = Problem(weight, bias, size, layer.stride, layer.groups, layer.activation)
+        return tuned_rows(problem, rows, self.memory, cache or cache_for(self.tune))
 
 
 def _state(weight: Tensor, algorithm: str) -> tuple[object, ...]:
@@ -141,49 +142,6 @@ def _state(weight: Tensor, algorithm: str) -> tuple[object, ...]:
 
 def _prepack(layer: Layer, weight: Tensor, size: tuple[int, ...], algorithm: str, memory: ops.Memory) -> Tensor:
     return ops.prepack(weight, size, stride=layer.stride, groups=layer.groups, algorithm=algorithm, memory=memory)
-
-
-# --------------------------------------------------------------------------------------------------------- measurement
-
-
-def _tuned(
-    layer: Layer,
-    weight: nn.Parameter,
-    size: tuple[int, ...],
-    memory: ops.Memory,
-    rows: Sequence[Candidate],
-    measured: Measured,
-) -> tuple[Candidate, ...]:
-    """The rows with measured times instead of predicted ones; the fastest is chosen.
-
-    The layer is measured alone, contiguous tensors in and out; in a chain of layers conversions of layout fall away.
-    """
-    key = (size, tuple(weight.shape), layer.stride, layer.groups, weight.dtype, weight.device, memory)
-    if key not in measured:
-        bytes_allowed = weight.numel() * weight.element_size() if memory == "low" else float("inf")
-        runnable = [row for row in rows if row.refusal is None and row.seconds != float("inf")]
-        names = [row.name for row in runnable if row.packed_bytes <= bytes_allowed]
-        measured[key] = _measure(layer, weight, size, memory, names)
-    times = measured[key]
-    fastest = min(times, key=lambda name: times[name])
-    return tuple(replace(row, seconds=times.get(row.name, row.seconds), chosen=row.name == fastest) for row in rows)
-
-
-def _measure(
-    layer: Layer, weight: nn.Parameter, size: tuple[int, ...], memory: ops.Memory, names: Sequence[str]
-) -> dict[str, float]:
-    """Seconds per call of each algorithm on random inputs, interleaved."""
-    x = torch.randn(size, device=weight.device).to(weight.dtype)
-    bias = layer._parameters.get("bias")
-
-    def run(packed: Tensor) -> timing.Run:
-        return lambda: ops.conv3x3(
-            x, weight, bias, stride=layer.stride, groups=layer.groups, activation=layer.activation, packed=packed
-        )
-
-    runs = {name: run(_prepack(layer, weight, size, name, memory)) for name in names}
-    timings = timing.measure(runs, timing.clock_for(weight.device), rounds=TUNE_ROUNDS)
-    return {name: each.median / 1e9 for name, each in timings.items()}
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -264,16 +222,16 @@ def _seconds(candidate: Candidate) -> float:
     return candidate.seconds or 0.0
 
 
-def report(entries: Sequence[Entry], layers: Sequence[Layer], tuned: bool) -> Report:
+def report(entries: Sequence[Entry], layers: Sequence[Layer], tune: Tune) -> Report:
     """The report on layers of one model, of one dtype and device."""
     weight = next((w for layer in layers if (w := layer._parameters.get("weight")) is not None), None)
     place = "" if weight is None else place_text(weight)
     if weight is not None and weight.device.type == "cpu":  # a prediction is for one thread
-        place += f", threads: {torch.get_num_threads() if tuned else 1}"
-    return Report(tuple(entries), tuned, place)
+        place += f", threads: {torch.get_num_threads() if tune else 1}"
+    return Report(tuple(entries), bool(tune), place)
 
 
-def prepare_layer(path: str, layer: Layer, prepared: PreparedWeights, measured: Measured) -> Entry:
+def prepare_layer(path: str, layer: Layer, prepared: PreparedWeights, cache: TuningCache) -> Entry:
     """Makes the packed weights of ``layer`` now, if the size of its inputs is known, and reports on them."""
     weight = layer._parameters.get("weight")
     size = prepared.input_size
@@ -282,7 +240,7 @@ def prepare_layer(path: str, layer: Layer, prepared: PreparedWeights, measured: 
     weight_bytes = weight.numel() * weight.element_size()
     if size is None:
         return Entry(path, "", None, (), weight_bytes, 0, "decided at its first forward")
-    prepared.packed_for(layer, size, measured)
+    prepared.packed_for(layer, size, cache)
     assert prepared.choice is not None
     algorithm, candidates, _ = prepared.choice
     packed_bytes = next(c.packed_bytes for c in candidates if c.name == algorithm)
@@ -290,7 +248,7 @@ def prepare_layer(path: str, layer: Layer, prepared: PreparedWeights, measured: 
     return Entry(path, text, algorithm, candidates, weight_bytes, packed_bytes)
 
 
-def prepare_alone(layer: Layer, example: Tensor | Sequence[int] | None, memory: ops.Memory, tune: bool) -> Report:
+def prepare_alone(layer: Layer, example: Tensor | Sequence[int] | None, memory: ops.Memory, tune: Tune) -> Report:
     """:meth:`repvgg_cuda.RepConv3x3.prepare`."""
     require(
         not layer.training,
@@ -298,7 +256,7 @@ def prepare_alone(layer: Layer, example: Tensor | Sequence[int] | None, memory: 
     )
     size = None if example is None else tuple(int(n) for n in getattr(example, "shape", example))
     layer.prepared = PreparedWeights(size, memory, tune)
-    return report([prepare_layer("", layer, layer.prepared, {})], [layer], tune)
+    return report([prepare_layer("", layer, layer.prepared, cache_for(tune))], [layer], tune)
 
 
 def algorithm_for(layer: Layer, x: Tensor) -> str:

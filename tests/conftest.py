@@ -10,6 +10,12 @@ import torch
 from repvgg_cuda import ceilings
 
 
+@pytest.fixture(autouse=True)
+def no_tuning_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test depends on what was measured before, or leaves something with the user."""
+    monkeypatch.setenv("REPVGG_CUDA_TUNING_CACHE", "")
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> str:
     """Every device a test should run on."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the tests of prepare() share: a small deployed network, and which operators a call reaches."""
+"""What the tests of prepare() share: a layer, a small deployed network, and which operators a call reaches."""
 
 from __future__ import annotations
 
@@ -11,9 +11,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import repvgg_cuda
-from repvgg_cuda import RepConv3x3
+from repvgg_cuda import RepConv3x3, testing
 from repvgg_cuda.models import RepVGG, RepVGGplus
 from repvgg_cuda.networks import randomise_
+
+LAYER = testing.Case("layer", 2, 16, 15, 14, 24)
+X = LAYER.tensors()[0]
+
+
+def layer(case: testing.Case = LAYER, **kwargs: Any) -> RepConv3x3:
+    conv = RepConv3x3(case.C, case.K, stride=case.stride, groups=case.groups, activation="relu", **kwargs)
+    return conv.eval()
 
 
 def images(batch: int = 2, height: int = 33, width: int = 17, channels: int = 3) -> Tensor:

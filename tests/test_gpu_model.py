@@ -121,6 +121,28 @@ def test_the_time_by_hand() -> None:
     assert twice - us == pytest.approx(clocks / 1410, rel=2e-3)
 
 
+def stem_bandwidth(capability: int, multiprocessors: int) -> float:
+    """GB/s of memory that the compiled table believes in: the stem's estimate is a launch and three quarters of it."""
+    case = Case("stem", 32, 3, 224, 224, 64, stride=2)
+    problem = (case.x_size, case.K, 2, 1, "float16", True, "relu")
+    rows = _ext.module.explain(True, False, "cuda", -1, capability, multiprocessors, *problem)
+    seconds = next(row[2] for row in rows if row[0] == "stem")
+    moved = 2 * 32 * (3 * 224 * 224 + 64 * 112 * 112)
+    return float(moved / (0.75 * (seconds - gpu_model.LAUNCH_US * 1e-6)) / 1e9)
+
+
+@EVERY_GPU
+def test_the_compiled_table_tells_gpus_of_one_capability_apart(gpu: Gpu) -> None:
+    known = GPUS["H100"] if gpu.name == "H200" else gpu  # which have as many multiprocessors
+    assert stem_bandwidth(gpu.capability, gpu.multiprocessors) == pytest.approx(known.gb_per_s)
+
+
+def test_an_unknown_gpu_is_the_first_of_its_capability() -> None:
+    assert stem_bandwidth(89, 76) == stem_bandwidth(89, 128) != stem_bandwidth(89, 58)
+    assert stem_bandwidth(88, 10) == stem_bandwidth(87, 16)
+    assert stem_bandwidth(0, 0) == stem_bandwidth(80, 108)
+
+
 def test_the_rivals() -> None:
     """A deeper split helps where there are few blocks; Winograd is for exact float32 with stride 1."""
     wide, strided = Case("layer", 32, 512, 14, 14, 512), Case("layer", 32, 192, 14, 14, 1280, stride=2)

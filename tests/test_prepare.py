@@ -14,25 +14,15 @@ from typing import Any
 
 import pytest
 import torch
-from prepared_networks import calls, images, network, repackings, repconvs
+from prepared_networks import X, calls, images, layer, network, repackings, repconvs
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import repvgg_cuda
-from repvgg_cuda import RepConv3x3, RepVGGBlock, _ext, packed, prepared, testing, timing
+from repvgg_cuda import RepConv3x3, RepVGGBlock, _ext, packed, prepared
 from repvgg_cuda.models import RepVGG
 
 needs_module = pytest.mark.skipif(_ext.module is None, reason=f"the compiled module {_ext.why_missing}")
-
-
-LAYER = testing.Case("layer", 2, 16, 15, 14, 24)
-X = LAYER.tensors()[0]
-
-
-def layer(case: testing.Case = LAYER, **kwargs: Any) -> RepConv3x3:
-    conv = RepConv3x3(case.C, case.K, stride=case.stride, groups=case.groups, activation="relu", **kwargs)
-    return conv.eval()
 
 
 # --------------------------------------------------------------------------------------------------------- one layer
@@ -379,104 +369,6 @@ def test_the_report_as_text() -> None:
         assert entry.seconds is not None
     assert lines[-1].startswith("prepared 8 of 8 layers, together ")
     assert "packed weights" in lines[-1]
-
-
-# -------------------------------------------------------------------------------------------------------- measurement
-
-
-class FakeClock:
-    """A clock on which an algorithm takes as long as the test says."""
-
-    resolution = 1.0
-
-    def __init__(self, nanoseconds: dict[str, float]) -> None:
-        self.nanoseconds = nanoseconds
-        self.timed: list[str] = []
-
-    def time(self, run: timing.Run, calls: int) -> float:
-        with Packings() as mode:
-            run()
-        self.timed.append(mode.algorithm)
-        return 1e6 * self.nanoseconds.get(mode.algorithm, 1000.0) * calls
-
-
-class Packings(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.repvgg_cuda.conv3x3.default:
-            self.algorithm = packed.read(args[7]).algorithm
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> FakeClock:
-    fake = FakeClock({})
-    monkeypatch.setattr(timing, "clock_for", lambda device: fake)
-    return fake
-
-
-@needs_module
-@pytest.mark.parametrize("winner", ["direct", "aten", "planar", "winograd2"])
-def test_tuning_takes_the_fastest(winner: str, clock: FakeClock) -> None:
-    clock.nanoseconds[winner] = 10.0
-    conv = layer()
-    report = conv.prepare(X, tune=True)
-    (entry,) = report.entries
-    assert entry.algorithm == winner
-    assert entry.seconds == pytest.approx(10e-3)
-    assert "measured" in str(report)
-    explanation = repvgg_cuda.explain(X, conv.weight)
-    runnable = {c.name for c in explanation.candidates if c.refusal is None and c.seconds != float("inf")}
-    assert set(clock.timed) == runnable
-    assert "winograd6" not in runnable
-    assert torch.equal(conv(X), repvgg_cuda.conv3x3(X, conv.weight, conv.bias, activation="relu", algorithm=winner))
-
-
-@needs_module
-def test_a_tuned_choice_stays_with_new_values_and_in_copies(clock: FakeClock) -> None:
-    clock.nanoseconds["winograd2"] = 10.0
-    conv = layer()
-    conv.prepare(X, tune=True)
-    clock.timed.clear()
-    with torch.no_grad():
-        conv.weight.mul_(2)
-    for each in (conv, copy.deepcopy(conv)):
-        assert prepared.algorithm_for(each, X) == "winograd2"
-    assert clock.timed == []
-    loaded = pickle.loads(pickle.dumps(conv))  # perhaps on another machine
-    clock.nanoseconds = {"direct": 1.0}
-    assert prepared.algorithm_for(loaded, X) == "direct"
-    conv.double()
-    assert prepared.algorithm_for(conv, X.double()) == "aten"
-
-
-@needs_module
-def test_equal_layers_are_measured_once(clock: FakeClock) -> None:
-    model = nn.Sequential(*(layer(testing.Case("same", 1, 16, 8, 8, 16)) for _ in range(4))).eval()
-    repvgg_cuda.prepare(model, images(1, 8, 8, 16), tune=True)
-    alone = len(clock.timed)
-    clock.timed.clear()
-    repvgg_cuda.prepare(model[:1], images(1, 8, 8, 16), tune=True)
-    assert len(clock.timed) == alone
-
-
-@needs_module
-def test_tuning_keeps_to_low_memory(clock: FakeClock) -> None:
-    clock.nanoseconds["winograd4"] = 1.0
-    conv = layer()
-    report = conv.prepare(X, memory="low", tune=True)
-    assert report.packed_bytes <= report.weight_bytes
-    assert "winograd4" not in clock.timed
-
-
-def test_tuning_with_the_real_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepared, "TUNE_ROUNDS", 1)
-    monkeypatch.setattr(timing, "WARM_UP_NS", 1e5)
-    conv = layer()
-    (entry,) = conv.prepare(X, tune=True).entries
-    assert entry.seconds is not None
-    assert entry.seconds > 0
-    want = repvgg_cuda.conv3x3(X, conv.weight, conv.bias, activation="relu", algorithm=entry.algorithm or "")
-    assert torch.equal(conv(X), want)
 
 
 # ------------------------------------------------------------------------------------------------ without the module

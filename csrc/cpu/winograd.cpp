@@ -4,8 +4,8 @@
 // The output is cut into tiles, exactly: the last tiles of a row or column are of a smaller class. A block is some rows
 // of tiles, of one or more images. Its inputs are transformed to V; for each point, V times the packed weights gives M;
 // M is transformed to outputs. With large weights a block is as high as pays for reading them. Each thread takes blocks
-// of its own; but where it would have too few tiles for such weights, all threads work on one block, and split first its
-// channels, then its output channels: half of V then comes from another core. Every output is computed by the same
+// of its own; but where it would have too few tiles for such weights, all threads work on one block, and split first
+// its channels, then its output channels: half of V then comes from another core. Every output is computed by the same
 // operations in the same order, however the work is cut.
 #include <algorithm>
 #include <cmath>

@@ -19,7 +19,6 @@
 #pragma once
 
 #include <climits>
-#include <utility>
 
 #include "cuda/device.cuh"
 #include "cuda/mma_output.h"
@@ -286,6 +285,7 @@ __device__ __forceinline__ float* conv3x3_mma_partial(const Conv3x3MmaParams& pa
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM) conv3x3_mma_kernel(const Conv3x3MmaParams params) {
+  if (!can_multiply<T::kType>()) return;  // no row launches it there
   using Consumer = Conv3x3MmaConsumer<T>;
   const SharedAddress shared = shared_address(dynamic_shared());
   const int index = static_cast<int>(blockIdx.x) % params.tiles, part = static_cast<int>(blockIdx.x) / params.tiles;
@@ -365,6 +365,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM) conv3x3_mma_kern
 // b / kRows: a thread meets the sums it would have had without a split.
 template <class T>
 __global__ void __launch_bounds__(T::kThreads) conv3x3_mma_sum_kernel(const Conv3x3MmaParams params) {
+  if (!can_multiply<T::kType>()) return;
   const int index = static_cast<int>(blockIdx.x) / T::kRows, j = static_cast<int>(blockIdx.x) % T::kRows;
   wait_for_previous_kernel();  // the parts are complete
   let_next_kernel_start();
@@ -379,41 +380,6 @@ __global__ void __launch_bounds__(T::kThreads) conv3x3_mma_sum_kernel(const Conv
     }
   }
   output.store(j, sum);
-}
-
-// ---------------------------------------------------------------------------------------------------------------- host
-
-template <MmaType kType, int kIndex>
-using Conv3x3MmaTraitsOf =
-    Conv3x3MmaTraits<kType, kMmaTiles[kIndex].tiles_m, kMmaTiles[kIndex].warps_m, kMmaTiles[kIndex].rows,
-                     kMmaTiles[kIndex].warps_p, kMmaTiles[kIndex].warps_q, kMmaTiles[kIndex].stride,
-                     kMmaTiles[kIndex].joined>;
-
-template <MmaType kType, int kIndex>
-constexpr Conv3x3MmaEntry conv3x3_mma_entry() {
-  constexpr MmaTile kTile = kMmaTiles[kIndex];
-  if constexpr (kType == MmaType::kTF32 && !kTile.tf32) {
-    return {nullptr, nullptr};
-  } else {
-    using T = Conv3x3MmaTraitsOf<kType, kIndex>;
-    return {[] { return has_code(conv3x3_mma_kernel<T>); },
-            [](const Conv3x3MmaParams& params, bool overlap, bool overlap_sum, void* stream) {
-              const auto tiles = static_cast<unsigned>(params.tiles);
-              launch_kernel("conv3x3 mma", conv3x3_mma_kernel<T>,
-                            {tiles * params.split, T::kThreads, T::kSharedBytes, overlap}, stream, params);
-              if constexpr (kTile.split) {
-                if (params.split == 1) return;
-                launch_kernel("conv3x3 mma, sum of the parts", conv3x3_mma_sum_kernel<T>,
-                              {tiles * T::kRows, T::kThreads, 0, overlap_sum}, stream, params);
-              }
-            }};
-  }
-}
-
-template <MmaType kType, int... kIndices>
-const Conv3x3MmaEntry& conv3x3_mma_entry_of(int tile, std::integer_sequence<int, kIndices...>) {
-  static constexpr Conv3x3MmaEntry kEntries[] = {conv3x3_mma_entry<kType, kIndices>()...};
-  return kEntries[tile];
 }
 
 }  // namespace repvgg::cuda

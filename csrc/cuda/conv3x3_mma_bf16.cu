@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The tensor-core kernels of one type, compiled beside those of the others.
-#include "cuda/conv3x3_mma.cuh"
+#include "cuda/conv3x3_mma_entry.h"
 
 namespace repvgg::cuda {
 

@@ -71,6 +71,7 @@ __device__ void conv3x3_stem_stage(const Conv3x3StemParams& params, int n, int p
 
 template <class T>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM) conv3x3_stem_kernel(const Conv3x3StemParams params) {
+  if (!can_multiply<T::kType>()) return;  // the row refuses
   RVG_SHARED(uint32_t, staged, [T::kHaloH * T::kPitch / 2]);
   int block = static_cast<int>(blockIdx.x);
   const int k16 = block % params.k_blocks * T::kTilesM;

@@ -34,17 +34,15 @@ struct MmaTile {
 // Ordered by stride, joined or not, size.
 constexpr MmaTile kMmaTiles[] = {
     // tiles_m, warps_m, rows, warps_p, warps_q, stride, joined, tf32, split
-    {4, 2, 8, 1, 2, 1, false, true, false},   // 128 channels x 8 x 16 pixels
-    {3, 2, 8, 1, 2, 1, false, false, false},  // 96 x 8 x 16
-    {4, 1, 8, 2, 2, 1, false, false, false},  // 64 x 16 x 16
+    {4, 2, 8, 1, 2, 1, false, false, false},  // 128 channels x 8 x 16 pixels
+    {4, 1, 8, 2, 2, 1, false, true, false},   // 64 x 16 x 16
     {3, 1, 8, 2, 2, 1, false, false, false},  // 48 x 16 x 16
     {2, 1, 8, 2, 2, 1, false, true, false},   // 32 x 16 x 16
     {1, 2, 7, 1, 2, 1, false, true, true},    // 32 x 7 x 16
     {4, 2, 7, 1, 2, 1, true, true, false},    // 128 x 7 x 16
     {3, 2, 7, 1, 2, 1, true, false, false},   // 96 x 7 x 16
     {4, 1, 7, 2, 2, 1, true, false, false},   // 64 x 14 x 16
-    {4, 2, 4, 1, 2, 2, false, true, false},   // 128 x 4 x 16
-    {4, 2, 4, 2, 1, 2, false, false, false},  // 128 x 8 x 8
+    {4, 2, 4, 2, 1, 2, false, true, false},   // 128 x 8 x 8
     {3, 2, 4, 1, 2, 2, false, false, false},  // 96 x 4 x 16
     {4, 1, 4, 2, 2, 2, false, false, false},  // 64 x 8 x 16
     {3, 1, 4, 2, 2, 2, false, false, false},  // 48 x 8 x 16

@@ -245,5 +245,5 @@ def runs(file: str) -> Runs:
         return ((("--algorithm", "stem"), _STEM),)
     if file.startswith("fuse_weights"):
         return ((("--algorithm", "fuse_weights"), _FUSE),)
-    forced = (("--tile", "1"), ("--tile", "7"), ("--tile", "5", "--split", "2"), ("--tile", "10"))
+    forced = (("--tile", "1"), ("--tile", "6"), ("--tile", "4", "--split", "2"), ("--tile", "8"))
     return tuple((("--algorithm", "mma", *options), _TILED) for options in ((), *forced))

@@ -49,7 +49,7 @@ MMA_TYPES = {
 #: 128-channel tiles of joined images and the 128- and 64-channel ones of stride 2 take 51 to 55 KB.
 HALF_IS_TOO_SMALL = {75: 1}
 LARGE_TILES = {75: 1, 86: 1, 89: 1, 120: 1}
-#: ptxas gives one tf32 tile, 128 x 8 x 16, a register more there; two blocks leave 255.
+#: ptxas gives one tf32 tile, 64 x 16 x 16, a register more there; two blocks leave 255.
 TF32_REGISTERS = {100: 233}
 #: tiles_m, rows, stride -> min_share, max_per_math, max_shared_loads.
 MMA_TILES = {

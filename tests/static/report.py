@@ -42,6 +42,17 @@ def write_baseline(folder: Path) -> None:
     print(f"wrote {target}: see `git diff`", file=sys.stderr)
 
 
+def module_named(parser: argparse.ArgumentParser, path: Path | None) -> binary.Binary:
+    """The compiled module at ``path``; None: the installed extension, an error of ``parser`` if it has no kernels."""
+    if path is None:
+        from repvgg_cuda import _ext
+
+        if _ext.module is None or not _ext.has_cuda_kernels():
+            parser.error("the installed extension has no CUDA kernels: name a module")
+        path = Path(str(_ext.module.__file__))
+    return gates.with_dynamic_shared(binary.read(path))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("module", nargs="?", type=Path, help="default: the installed extension")
@@ -52,13 +63,7 @@ def main() -> None:
         if args.write_baseline:
             write_baseline(args.write_baseline)
             return
-        if args.module is None:
-            from repvgg_cuda import _ext
-
-            if _ext.module is None or not _ext.has_cuda_kernels():
-                parser.error("the installed extension has no CUDA kernels: name a module")
-            args.module = Path(str(_ext.module.__file__))
-        print(markdown(gates.with_dynamic_shared(binary.read(args.module)), args.arch))
+        print(markdown(module_named(parser, args.module), args.arch))
     except sass.ToolMissing as missing:
         parser.error(str(missing))
 

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sysconfig
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -75,6 +75,7 @@ def _short(name: str) -> str:
 @dataclass(frozen=True)
 class Instruction:
     text: str  # "@!P0 LDG.E.128 R4, [R2.64]"
+    encoding: int = 0  # the upper 64 of its 128 bits
 
     @cached_property
     def predicate(self) -> str:
@@ -229,7 +230,7 @@ class Code:
 
 
 def parse(text: str) -> dict[str, Code]:
-    """Mangled name -> code, of what `nvdisasm -c` prints."""
+    """Mangled name -> code, of what `nvdisasm -c` prints, with or without `-hex`."""
     found: dict[str, Code] = {}
     code: Code | None = None
     for line in text.splitlines():
@@ -242,8 +243,10 @@ def parse(text: str) -> dict[str, Code]:
                 code.labels[label[1]] = len(code.instructions)
             elif instruction := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?)\s*;", line):
                 code.instructions.append(Instruction(instruction[1]))
+            elif (upper := re.match(r"\s*/\* 0x([0-9a-f]{16}) \*/", line)) and code.instructions:
+                code.instructions[-1] = replace(code.instructions[-1], encoding=int(upper[1], 16))
     return found
 
 
 def disassemble(cubin: Path) -> dict[str, Code]:
-    return parse(run([tool("nvdisasm"), "-c", str(cubin)]))
+    return parse(run([tool("nvdisasm"), "-hex", "-c", str(cubin)]))

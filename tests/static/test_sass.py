@@ -6,9 +6,12 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import aims
+import pipeline
 import pytest
 import sass
 import sync
+from binary import Kernel
 from occupancy import LIMITS, blocks_per_sm
 
 # A tensor loop that a load loop precedes, with a tail behind its branch, as nvdisasm prints it.
@@ -187,3 +190,52 @@ def test_occupancy_agrees_with_the_toolkit(tmp_path: Path) -> None:
     for line in lines:
         arch, registers, threads, shared, blocks = map(int, line.split())
         assert blocks_per_sm(arch, registers, threads, shared) == blocks, line
+
+
+# ------------------------------------------------------------------------------------------------------ the scheduler
+
+
+def step(text: str, stall: int = 1, writes: int = 7, reads: int = 7, waits: int = 0) -> sass.Instruction:
+    """An instruction as ptxas encodes when it and what follows may issue; ``waits``: a mask of counters."""
+    return sass.Instruction(text, (stall | writes << 5 | reads << 8 | waits << 11) << 41)
+
+
+HMMA, LDS = "HMMA.16816.F32 R20, R8, R12, R20", "LDS.128 R8, [R3]"
+
+
+def test_what_an_instruction_says_of_its_issue() -> None:
+    text = LISTING.replace(
+        "HMMA.16816.F32 R20, R8, R12, R20 ;",
+        "HMMA.16816.F32 R20, R8, R12, R20 ; /* 0x0000000c0814723c */\n   /* 0x004fe20000001814 */",
+    )
+    (found,) = (i for i in sass.parse(text)["_Z6kernelv"].instructions if i.text == HMMA)
+    assert pipeline.control(found) == pipeline.Control(stall=1, writes=7, reads=7, waits=(2,))
+
+
+def test_a_loop_without_gaps_is_busy() -> None:
+    assert pipeline.utilisation(sass.Mix((step(HMMA),) * 4), 1) == 1.0
+    assert pipeline.utilisation(sass.Mix((step(HMMA, stall=15),) * 4), 1) == pytest.approx(8 / 15, abs=0.02)
+    assert pipeline.utilisation(sass.Mix((step("MOV R1, R2"),)), 1) == 0.0
+
+
+def test_a_second_warp_fills_what_waiting_leaves() -> None:
+    """A load, and the product that waits for it: 33 clocks, then 8."""
+    loop = sass.Mix((step(LDS, writes=0), step(HMMA, stall=8, waits=1)))
+    alone = pipeline.utilisation(loop, 1)
+    assert alone == pytest.approx(8 / (pipeline.SHARED_LATENCY + 8), rel=0.1)
+    assert 1.5 * alone < pipeline.utilisation(loop, 2) <= 2.1 * alone
+
+
+def test_the_aims_are_read_off_a_kernel() -> None:
+    """10 x 18 pixels and 9 x 128 weights, 32 bytes each, for 128 x 128 outputs and 9 taps."""
+    name = "conv3x3_mma_kernel<Conv3x3MmaTraits<(MmaType)0, 4, 2, 8, 1, 2, 1, false>>"
+    kernel = Kernel(name, 80, 216, 0, 0, 0, 128, 2, sass.Code("kernel"), 48384)
+    tile = aims.tile_of(kernel)
+    assert tile is not None
+    assert str(tile) == "float16 128x8x16"
+    assert aims.copied_bytes(kernel, tile) == pytest.approx((10 * 18 + 9 * 128) * 32 / 9)
+    found = {row[0]: row[3] for row in aims.rows([kernel])}
+    assert found["registers of a thread, sm_80 and later"] == "at most 216 (float16 128x8x16, sm_80)"
+    assert found["blocks on a multiprocessor, sm_80 and later"] == "2 or more"
+    assert found["kernels that spill, any architecture"] == "0 of 1"
+    assert aims.tile_of(Kernel("pack_stem_kernel", 80, 20, 0, 0, 0, 64, 1, sass.Code("pack"))) is None

@@ -225,6 +225,11 @@ __device__ __forceinline__ uint32_t movmatrix_trans(uint32_t matrix, Where where
 enum class MmaType { kFloat16, kBFloat16, kTF32, kInt8 };
 
 template <MmaType kType>
+bool can_multiply() {
+  return true;
+}
+
+template <MmaType kType>
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                     Where where = Where::current()) {
   static_assert(kType != MmaType::kInt8, "8-bit products are summed in int32_t");
