@@ -2,10 +2,10 @@
 """Whether the benchmark's intervals and verdicts can be believed: experiments with known answers.
 
     python benchmarks/aa_experiment.py noise --runs 100      # the same code twice: how often the interval contains 1
-    python benchmarks/aa_experiment.py planted --pairs 10    # one row made 5 % slower: how often `compare` finds it
+    python benchmarks/aa_experiment.py planted --trials 10   # one row made 5 % slower: how often `compare` finds it
 
-`noise` is meant for a machine that is busy with other programs, `planted` for a quiet one. Both go through the code of
-`repvgg-cuda bench`; each run of `planted` is a process of its own, as a user's two runs are.
+Both go through the code of `repvgg-cuda bench`, and are meant for machines that are not quiet. Each run of `planted` is
+a process of its own, as a user's runs are; a trial is as many pairs of them as `compare` is given.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     noise.add_argument("--case", choices=["layer", "notebook"], default="layer")
     noise.set_defaults(experiment=run_noise)
     planted = experiments.add_parser("planted", help="a slowdown between two processes, and none")
-    planted.add_argument("--pairs", type=int, default=10)
-    planted.add_argument("--rounds", type=int, default=bench.FULL_ROUNDS)
+    planted.add_argument("--trials", type=int, default=10)
+    planted.add_argument("--pairs", type=int, default=8, help=f"even, at least {2 * regression.FEWEST_PAIRS}")
+    planted.add_argument("--rounds", type=int, default=bench.ROUNDS)
     planted.add_argument("--factor", type=float, default=1.05)
     planted.set_defaults(experiment=run_planted)
     one = experiments.add_parser("one", help="one run of `planted`")
@@ -112,31 +113,37 @@ def run_noise(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_planted(args: argparse.Namespace) -> dict[str, Any]:
-    """Pairs of runs, the second with a slower row; and as many pairs of runs of the same code."""
+    """Trials of several pairs of runs, the second of each with a slower row; and the first ones against each other."""
+    if args.pairs % 2 or args.pairs < 2 * regression.FEWEST_PAIRS:
+        raise SystemExit(f"--pairs must be even and at least {2 * regression.FEWEST_PAIRS}, got {args.pairs}")
     found, false_alarms, ratios = 0, 0, []
     with tempfile.TemporaryDirectory() as folder:
-        for pair in range(args.pairs):
-            paths = [Path(folder) / f"{pair}-{which}.jsonl" for which in ("before", "slower", "same")]
-            for path, factor in zip(paths, (1.0, args.factor, 1.0), strict=True):
-                one_process(args, factor, path)
-            before, slower, same = map(records.read, paths)
-            changes = regression.compare_runs(before, slower).changes
+        for trial in range(args.trials):
+            before, slower = [], []
+            for pair in range(args.pairs):
+                for runs, factor in ((before, 1.0), (slower, args.factor)):
+                    path = Path(folder) / f"{trial}-{pair}-{factor}.jsonl"
+                    one_process(args, factor, path)
+                    runs.append(records.read(path))
+            changes = regression.compare_pairs(list(zip(before, slower, strict=True))).changes
             change = next(each for each in changes if each.candidate == PLANTED)
             found += change.verdict == "slower"
             ratios.append([round(each, 4) for each in change.ratio or ()])
-            alarms = regression.compare_runs(before, same).regressions
+            alarms = regression.compare_pairs(list(zip(before[::2], before[1::2], strict=True))).regressions
             false_alarms += bool(alarms)
-            print(f"pair {pair}: {change.verdict} {ratios[-1]}, false alarms {[each.candidate for each in alarms]}")
+            names = [each.candidate for each in alarms]
+            print(f"trial {trial}: {change.verdict} {ratios[-1]}, false alarms {names}", flush=True)
     return {
         "experiment": "planted",
         "factor": args.factor,
+        "trials": args.trials,
         "pairs": args.pairs,
         "rounds": args.rounds,
         "threads": args.threads,
         "found": found,
-        "needed": 0.9 * args.pairs,
-        "passed": found >= 0.9 * args.pairs,
-        "pairs_of_the_same_code_with_an_alarm": false_alarms,
+        "needed": 0.9 * args.trials,
+        "passed": found >= 0.9 * args.trials,
+        "trials_with_an_alarm_between_the_same_code": false_alarms,
         "ratios": ratios,
     }
 

@@ -46,10 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "compare",
         help="what changed from one record to the other; exit code 1 if a row of ours got slower or wrong",
         description="Compares two records of `repvgg-cuda bench --json FILE`. Exit code 1 if a row of this library got "
-        "slower, by more than the tolerance and the noise, or wrong.",
+        "slower, by more than the tolerance and the noise, or wrong. On a machine that is not quiet, give four or more "
+        "pairs, measured in turn: A B A B ...",
     )
-    compare.add_argument("before", type=Path, metavar="A")
-    compare.add_argument("after", type=Path, metavar="B")
+    compare.add_argument("records", type=Path, nargs="+", metavar="A B", help="before, after; and so on")
     compare.add_argument(
         "--tolerance", type=float, metavar="X", default=regression.TOLERANCE, help="default: %(default)s, that is 2 %%"
     )
@@ -233,9 +233,12 @@ def run_candidates(
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    """``repvgg-cuda bench compare A B``. Returns the exit code."""
-    before, after = records.read(args.before), records.read(args.after)
-    found = regression.compare_runs(before, after, tolerance=args.tolerance, absolute=args.absolute)
+    """``repvgg-cuda bench compare A B [A B ...]``. Returns the exit code."""
+    count = len(args.records)
+    require(count % 2 == 0, f"compare: takes records in pairs, before and after, got {count} of them")
+    runs = [records.read(path) for path in args.records]
+    pairs = list(zip(runs[::2], runs[1::2], strict=True))
+    found = regression.compare_pairs(pairs, tolerance=args.tolerance, absolute=args.absolute)
     console = tables.console()
     for text in found.warnings:
         console.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)

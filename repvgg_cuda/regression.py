@@ -5,10 +5,14 @@ Two runs are two processes at two times: a clock that went up, or where the syst
 a row of this library is compared through its case's *controls*, the rows that are not this library's and have not
 changed: within each round its time is divided by theirs. How much the controls of a case drift from each other between
 the runs is how much two runs of the same code differ, and every interval is widened by it.
+
+On a machine that is not quiet that is more than a few per cent. Several pairs of runs, one after the other, then tell
+smaller changes: how much the pairs differ from each other is the noise, of each row itself and not of its controls.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +29,9 @@ from repvgg_cuda.records import Run
 
 #: A change smaller than this is none, however sure.
 TOLERANCE = 0.02
+
+#: Of pairs of runs that show how much pairs differ.
+FEWEST_PAIRS = 4
 
 #: What must agree for the controls to be the same code on the same machine.
 SAME = ("cpu", "gpu", "torch", "cudnn", "python", "threads")
@@ -92,6 +99,58 @@ def compare_runs(before: Run, after: Run, *, tolerance: float = TOLERANCE, absol
     return Comparison(tuple(changes), tuple(warnings.values()))
 
 
+def compare_pairs(
+    pairs: Sequence[tuple[Run, Run]], *, tolerance: float = TOLERANCE, absolute: bool = False
+) -> Comparison:
+    """:func:`compare_runs` of several pairs, each (before, after) and measured one run right after the other.
+
+    A row's ratio is the geometric mean of those of the pairs, its interval Student's, from how they differ.
+
+    Raises:
+        RuntimeError: as :func:`compare_runs`; or there are two pairs, or three, which show no noise.
+    """
+    require(
+        len(pairs) == 1 or len(pairs) >= FEWEST_PAIRS,
+        f"compare: takes one pair of records or at least {FEWEST_PAIRS}, got {len(pairs)}",
+    )
+    found = [compare_runs(before, after, tolerance=tolerance, absolute=absolute) for before, after in pairs]
+    if len(found) == 1:
+        return found[0]
+    by_row: dict[tuple[str, ...], list[Change]] = {}
+    for comparison in found:
+        for change in comparison.changes:
+            key = (change.suite, change.case, change.candidate, change.caches, str(change.threads))
+            by_row.setdefault(key, []).append(change)
+    changes = [_of_pairs(each, tolerance) for each in by_row.values() if len(each) == len(pairs)]
+    require(len(changes) > 0, "compare: the pairs have no row in common; run the same suites for all of them")
+    warnings = dict.fromkeys(text for comparison in found for text in comparison.warnings)
+    return Comparison(tuple(changes), tuple(warnings))
+
+
+def _of_pairs(changes: Sequence[Change], tolerance: float) -> Change:
+    """One row in every pair. What was lost in any of them, or is not known, stays so."""
+    odd = next((change for change in changes if change.ratio is None), None)
+    if odd is not None:
+        return odd
+    logs = [math.log(change.ratio.value) for change in changes if change.ratio is not None]
+    low, high = intervals.mean_interval(logs)
+    ratio = Ratio(math.exp(float(np.mean(logs))), math.exp(low), math.exp(high))
+    before, after = _median([each.before_us for each in changes]), _median([each.after_us for each in changes])
+    verdict = _verdict(ratio, tolerance)
+    return dataclasses.replace(changes[0], before_us=before, after_us=after, ratio=ratio, verdict=verdict)
+
+
+def _median(times: Sequence[float | None]) -> float | None:
+    known = [time for time in times if time is not None]
+    return float(np.median(known)) if known else None
+
+
+def _verdict(ratio: Ratio, tolerance: float) -> Verdict:
+    if ratio.contains_one or abs(math.log(ratio.value)) <= math.log1p(tolerance):
+        return "same"
+    return "slower" if ratio.value > 1 else "faster"
+
+
 def differences(before: Run, after: Run) -> dict[str, str]:
     """What the two runs do not share, by name, in words."""
     found = {}
@@ -147,10 +206,7 @@ def _change(before: Row, after: Row, controls: Sequence[tuple[Row, Row]], tolera
         note = f"fewer than {intervals.fewest_rounds()} rounds"
         return Change(**common, ratio=None, verdict="unknown", controls=len(others), note=note)
     ratio = change_ratio(before, after, others)
-    verdict: Verdict = "same"
-    if not ratio.contains_one and abs(math.log(ratio.value)) > math.log1p(tolerance):
-        verdict = "slower" if ratio.value > 1 else "faster"
-    return Change(**common, ratio=ratio, verdict=verdict, controls=len(others))
+    return Change(**common, ratio=ratio, verdict=_verdict(ratio, tolerance), controls=len(others))
 
 
 def change_ratio(before: Row, after: Row, controls: Sequence[tuple[Row, Row]]) -> Ratio:

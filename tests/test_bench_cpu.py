@@ -185,12 +185,14 @@ def test_the_planted_experiment_counts_what_is_found_and_false_alarms(
         Run({}, {}, rows=[Row(**{**vars(each), "own": own}) for each, own in zip(rows, mine, strict=True)]).write(out)
 
     monkeypatch.setattr(experiment, "one_process", one_process)
-    assert experiment.main(["planted", "--pairs", "3"]) == 0
+    assert experiment.main(["planted", "--trials", "3"]) == 0
     assert '"found": 3' in capsys.readouterr().out
-    assert experiment.main(["planted", "--pairs", "3", "--factor", "1.0"]) == 1
+    assert experiment.main(["planted", "--trials", "3", "--factor", "1.0"]) == 1
     out = capsys.readouterr().out
     assert '"found": 0' in out
-    assert '"pairs_of_the_same_code_with_an_alarm": 0' in out
+    assert '"trials_with_an_alarm_between_the_same_code": 0' in out
+    with pytest.raises(SystemExit, match="--pairs must be even and at least 8, got 3"):
+        experiment.main(["planted", "--pairs", "3"])
 
 
 def test_the_planted_row_takes_longer_by_its_share(scripts: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:

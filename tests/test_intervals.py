@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from repvgg_cuda import intervals, regression
 from repvgg_cuda.comparison import AGAIN, Row
 from repvgg_cuda.records import Run
-from repvgg_cuda.regression import compare_runs
+from repvgg_cuda.regression import compare_pairs, compare_runs
 
 # ---------------------------------------------------------------------------------------------------------- intervals
 
@@ -172,6 +172,50 @@ def test_few_rounds_are_unknown_and_another_torch_is_said() -> None:
         "cpu differs: x before, y after", "torch differs: 2 before, 3 after",
     ]  # fmt: skip
     assert {change.controls for change in found.changes} == {0}
+
+
+def test_pairs_tell_what_one_pair_does_not() -> None:
+    """Controls that differ by 3 % from run to run, each, often hide 5 % in one pair; eight pairs show them."""
+
+    def pair(seed: int, ours: float) -> tuple[Run, Run]:
+        runs = make_run(2 * seed, rounds=30), make_run(2 * seed + 1, ours=ours, rounds=30)
+        rng = np.random.default_rng(seed)
+        for run in runs:
+            for i, row in enumerate(run.rows[:3]):
+                factor = float(np.exp(0.03 * rng.standard_normal()))
+                run.rows[i] = dataclasses.replace(row, samples_ns=tuple(factor * each for each in row.samples_ns))
+        return runs
+
+    found, alone, alarms = 0, 0, 0
+    for start in range(0, 80, 8):
+        slower = [pair(seed, 2.1) for seed in range(start, start + 8)]
+        (change,) = [each for each in compare_pairs(slower).changes if each.own]
+        assert change.ratio is not None
+        found += change.verdict == "slower"
+        alone += bool(compare_runs(*slower[0]).regressions)
+        alarms += bool(compare_pairs([pair(seed, 2.0) for seed in range(start, start + 8)]).regressions)
+    assert found >= 9
+    assert alone <= 5
+    assert alarms == 0
+
+
+def test_pairs_keep_what_one_of_them_lost_and_must_be_enough() -> None:
+    pairs = [(make_run(seed), make_run(seed + 50)) for seed in range(4)]
+    assert {change.verdict for change in compare_pairs(pairs).changes} == {"same"}
+    assert compare_pairs(pairs[:1]) == compare_runs(*pairs[0])
+    pairs[2] = (pairs[2][0], make_run(9, status="wrong"))
+    (lost,) = compare_pairs(pairs).regressions
+    assert lost.note == "ok before, wrong after: worst element 3"
+    with pytest.raises(RuntimeError, match="takes one pair of records or at least 4, got 3"):
+        compare_pairs(pairs[:3])
+
+
+@pytest.mark.parametrize(("freedom", "want"), [(3, 5.8409), (4, 4.6041), (5, 4.0321), (7, 3.4995), (30, 2.7500)])
+def test_student_quantile(freedom: int, want: float) -> None:
+    """Tables give these for 99.5 %."""
+    assert intervals.student_quantile(0.995, freedom) == pytest.approx(want, rel=0.01)
+    with pytest.raises(RuntimeError, match="freedom must be at least 3, got 2"):
+        intervals.student_quantile(0.995, 2)
 
 
 def test_records_without_a_row_in_common_are_refused() -> None:
