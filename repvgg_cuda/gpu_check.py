@@ -72,9 +72,15 @@ class Check:
             environment["OMP_NUM_THREADS"] = "1"  # tiny tensors: threads would only wait for each other
         log = self.out / "stage.log"
         with log.open("w") as output:
-            process = subprocess.Popen(
-                arguments, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-            )
+            with _interruptible():
+                process = subprocess.Popen(
+                    arguments,
+                    cwd=ROOT,
+                    env=environment,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
             try:
                 status: int | None = process.wait(timeout=max(seconds, 1.0))
             except subprocess.TimeoutExpired:
@@ -116,6 +122,19 @@ class Check:
 
 def _python_path() -> str:
     return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """What is started here may be interrupted, also where a shell runs this in the background, with SIGINT ignored."""
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -148,7 +149,18 @@ def test_the_stages_fit_into_eight_minutes() -> None:
 # ---------------------------------------------------------------------------------------------------------- processes
 
 
-def test_a_command_that_hangs_is_ended_with_all_its_children(tmp_path: Path) -> None:
+@pytest.mark.parametrize("background", [False, True])
+def test_a_command_that_hangs_is_ended_with_all_its_children(background: bool, tmp_path: Path) -> None:
+    """Also as a background job of a shell, which ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN if background else signal.default_int_handler)
+    try:
+        hang_and_look(tmp_path)
+        assert signal.getsignal(signal.SIGINT) is (signal.SIG_IGN if background else signal.default_int_handler)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def hang_and_look(tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     child = f"import time, pathlib; time.sleep(3); pathlib.Path({str(mark)!r}).touch()"
     program = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
