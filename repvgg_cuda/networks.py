@@ -7,6 +7,7 @@ import copy
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -196,9 +197,13 @@ def prepared(work: Workload, memory: Literal["fast", "low"] = "fast") -> Run:
     """The deployed model with packed weights, a copy: a model holds one set of them, and two candidates are ours."""
     if work.layers is not None and work.head is None and len(work.layers) > 1:
         return _chain(work.layers, work.x, memory)
-    model = copy.deepcopy(work.deployed)
-    prepare(model, work.x, memory=memory)
-    return baselines.call(model, work.x)
+    return _prepared(work.deployed, work.x, memory)
+
+
+def _prepared(model: nn.Module, x: Tensor, memory: Literal["fast", "low"] = "fast") -> Run:
+    model = copy.deepcopy(model)
+    prepare(model, x, memory=memory)
+    return baselines.call(model, x)
 
 
 def _chain(layers: Sequence[ChainLayer], x: Tensor, memory: Literal["fast", "low"]) -> Run:
@@ -225,8 +230,8 @@ def by_algorithm(
 def model_candidates(
     trained: nn.Module | None, deployed: nn.Module, x: Tensor, formats: Sequence[torch.memory_format]
 ) -> list[Candidate]:
-    """A network trained (if there is that form), then deployed, on F.conv2d and on each algorithm, layer by layer
-    checked."""
+    """A network trained (if there is that form), then deployed: on F.conv2d, prepared, and on each algorithm; all but
+    the prepared one checked layer by layer."""
     truth = checks.network_truth(deployed if trained is None else trained, deployed, x)
     own_truth = checks.network_truth(deployed, deployed, x)
 
@@ -243,6 +248,10 @@ def model_candidates(
         in_torch = baselines.with_convolution(deployed, baselines.TorchConv3x3, memory_format)
         candidates.append(candidate(baselines.EAGER + suffix, in_torch, images, False))
         model = baselines.with_convolution(deployed, RepConv3x3, memory_format)
+        build = partial(_prepared, model, images)
+        candidates.append(
+            Candidate(f"{OWN_PREFIX}prepared{suffix}", None, truth.check, build=build, own=True, error=truth.error)
+        )
         candidates.append(candidate(f"{OWN_PREFIX}auto{suffix}", model, images, True))
         for algorithm in algorithms(x.device):
             candidates.append(by_algorithm(trained, model, images, algorithm, suffix, own_truth))

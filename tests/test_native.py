@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -39,15 +40,14 @@ def run(*command: str | Path, env: dict[str, str] | None = None) -> str:
     return result.stdout
 
 
-def build(folder: Path, compiler: str, *flags: str, plain: str = "") -> Path:
-    """Compiles driver and kernels in `folder`, the objects two at a time; source `plain` without the flags."""
+def build(folder: Path, compiler: str, *flags: str, ready: Sequence[Path] = ()) -> Path:
+    """Compiles driver and kernels in `folder`, two at a time; objects that are `ready` are taken as they are."""
     binary = folder / "driver"
-    objects = [folder / f"{source.stem}.o" for source in (*KERNELS, DRIVER)]
+    sources = [source for source in (*KERNELS, DRIVER) if source.stem not in {each.stem for each in ready}]
+    objects = [*(folder / f"{source.stem}.o" for source in sources), *ready]
     lines = [f"rule cxx\n  command = {compiler} {' '.join((*FLAGS, *flags))} -c $in -o $out"]
     lines += [f"rule link\n  command = {compiler} {' '.join((*FLAGS, *flags))} $in -o $out"]
-    lines += [f"rule plain\n  command = {compiler} {' '.join(FLAGS)} -O1 -c $in -o $out"]
-    for source, target in zip((*KERNELS, DRIVER), objects, strict=True):
-        lines.append(f"build {target}: {'plain' if source.stem == plain else 'cxx'} {source}")
+    lines += [f"build {folder / source.stem}.o: cxx {source}" for source in sources]
     lines += [f"build {binary}: link {' '.join(map(str, objects))}", ""]
     (folder / "build.ninja").write_text("\n".join(lines))
     ninja = pytest.importorskip("ninja", reason="the driver is compiled by ninja")
@@ -69,11 +69,21 @@ def driver(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def sanitized_driver(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def split_avx512(compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The AVX-512 source with its 16 lanes and 32 registers, compiled for AVX2."""
+    target = tmp_path_factory.mktemp("split") / "target_avx512.o"
+    flags = ("-O1", "-mavx2", "-mfma", "-Wno-psabi", "-DRVG_SPLIT_AVX512")  # -O2 takes twice as long to compile
+    run(compiler, *FLAGS, *flags, "-c", ROOT / "csrc/cpu/target_avx512.cpp", "-o", target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def sanitized_driver(request: pytest.FixtureRequest, compiler: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     flags = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     # Instrumented AVX-512 code takes minutes to compile: only where it can run.
-    plain = "" if not X86 or "avx512f" in Path("/proc/cpuinfo").read_text() else "target_avx512"
-    return build(tmp_path_factory.mktemp("sanitized"), compiler, *flags, plain=plain)
+    needed = not X86 or "avx512f" in Path("/proc/cpuinfo").read_text()
+    ready = () if needed else (request.getfixturevalue("split_avx512"),)
+    return build(tmp_path_factory.mktemp("sanitized"), compiler, *flags, ready=ready)
 
 
 def check_report(output: str, isa: str) -> None:
@@ -103,13 +113,11 @@ def test_sanitizers(sanitized_driver: Path, isa: str) -> None:
 
 
 @pytest.mark.skipif(not X86 or "fma" not in Path("/proc/cpuinfo").read_text(), reason="this CPU has no fma")
-def test_wide_vectors_anywhere(compiler: str, driver: Path, tmp_path: Path) -> None:
-    """The AVX-512 source with its 16 lanes and 32 registers, compiled for AVX2: what it computes, if not its code."""
-    wide, binary = tmp_path / "target_avx512.o", tmp_path / "driver"
-    flags = ("-O1", "-mavx2", "-mfma", "-Wno-psabi", "-DRVG_SPLIT_AVX512")  # -O2 takes twice as long to compile
-    run(compiler, *FLAGS, *flags, "-c", ROOT / "csrc/cpu/target_avx512.cpp", "-o", wide)
-    others = [path for path in driver.parent.glob("*.o") if path.name != wide.name]
-    run(compiler, *FLAGS, wide, *others, "-o", binary)
+def test_wide_vectors_anywhere(compiler: str, driver: Path, split_avx512: Path, tmp_path: Path) -> None:
+    """What the AVX-512 source computes, if not its code."""
+    binary = tmp_path / "driver"
+    others = [path for path in driver.parent.glob("*.o") if path.name != split_avx512.name]
+    run(compiler, *FLAGS, split_avx512, *others, "-o", binary)
     check_report(run(binary, "--quick", env={"REPVGG_CUDA_CPU_ISA": "avx512"}), "avx512")
 
 

@@ -99,7 +99,7 @@ def test_every_form_of_a_network_passes_its_own_check() -> None:
     trained, deployed, x = small_network()
     before = {name: value.clone() for name, value in deployed.state_dict().items()}
     candidates = networks.model_candidates(trained, deployed, x, [torch.contiguous_format, torch.channels_last])
-    forms = 2 + len(algorithms())  # F.conv2d, auto, and each by name
+    forms = 3 + len(algorithms())  # F.conv2d, prepared, auto, and each by name
     assert [candidate.name for candidate in candidates[:2]] == ["three branches", "fused F.conv2d + relu"]
     assert len(candidates) == 1 + 2 * forms
     with torch.inference_mode():
