@@ -54,13 +54,9 @@ def hide_import(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Two threads on a busy machine wait for each other; and nothing here depends on a stable time."""
+def no_warm_up(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """Nothing here depends on a stable time."""
     monkeypatch.setattr(timing, "WARM_UP_NS", 1e6)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -61,6 +61,25 @@ def packing(case: testing.Case = CASE) -> str:
     return next(c.name for c in explain(case).candidates if c.refusal is None and c.packed_bytes > 0)
 
 
+@needs_module
+@pytest.mark.parametrize(
+    ("case", "want"),
+    [
+        (
+            testing.Case("notebook", 1, 2, 256, 256, 2),
+            "planar",
+        ),  # two of eight lanes: the stem takes three times as long
+        (testing.Case("stem", 1, 3, 224, 224, 48, stride=2), "stem"),
+    ],
+    ids=str,
+)
+def test_the_stem_is_for_layers_with_many_outputs(case: testing.Case, want: str) -> None:
+    assert _ext.module is not None
+    if _ext.module.cpu_target() != "avx2":
+        pytest.skip("the rates of the cost model are those of AVX2")
+    assert explain(case, prepared=True).chosen.name == want
+
+
 # ------------------------------------------------------------------------------------------------------------ results
 
 

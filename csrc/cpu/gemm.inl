@@ -87,9 +87,9 @@ static void gemm_panel(const GemmPanel& p) {
   constexpr int kRows = register_rows(kRegisters, kVectors);
   constexpr int kBlock = kGemmBlockC / kLanes, kStep = kVectors * kLanes * kLanes;  // floats of b per channel block
   const int64_t stride = p.tiles * kLanes;
-  // Chunks of even height: the first ones of `rows` tiles, the others of one less.
+  // Chunks of even height: those of `rows` tiles, then, from tile `lower` on, those of one less.
   const int64_t chunks = (p.tiles + kRows - 1) / kRows, rows = (p.tiles + chunks - 1) / chunks;
-  const int64_t others = (p.tiles - (rows - 1) * chunks) * rows;
+  const int64_t lower = (p.tiles - (rows - 1) * chunks) * rows;
   // What is fetched for the next panel is spread over the chunks.
   const int lines = p.next == nullptr ? 0 : static_cast<int>((kStep / 16 + chunks - 1) / chunks);
   for (int64_t block = 0; block < p.c_blocks; block += kBlock) {
@@ -97,8 +97,8 @@ static void gemm_panel(const GemmPanel& p) {
     const float* const next = p.next == nullptr ? nullptr : p.next + block * kStep;
     const float* const next_end = p.next == nullptr ? nullptr : next + count * kStep;
     GemmStep step = {p.a + block * stride, p.b + block * kStep, p.m, stride, count, block > 0, next, next_end, lines};
-    gemm_rows<kRows, kVectors>(rows, &step, 0, others);
-    if (others < p.tiles) gemm_rows<kRows, kVectors>(rows - 1, &step, others, p.tiles);
+    gemm_rows<kRows, kVectors>(rows, &step, 0, lower);
+    if (lower < p.tiles) gemm_rows<kRows, kVectors>(rows - 1, &step, lower, p.tiles);
   }
 }
 
