@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     noise.set_defaults(experiment=run_noise)
     planted = experiments.add_parser("planted", help="a slowdown between two processes, and none")
     planted.add_argument("--trials", type=int, default=10)
-    planted.add_argument("--pairs", type=int, default=8, help=f"even, at least {2 * regression.FEWEST_PAIRS}")
+    planted.add_argument("--pairs", type=int, default=16, help=f"even, at least {2 * regression.FEWEST_PAIRS}")
     planted.add_argument("--rounds", type=int, default=bench.ROUNDS)
     planted.add_argument("--factor", type=float, default=1.05)
     planted.set_defaults(experiment=run_planted)
