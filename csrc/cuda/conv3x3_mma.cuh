@@ -10,7 +10,8 @@
 //            read for all 9 taps: a tap shifts the address. Two buffers. Pixels outside the image are zeroed once and
 //            never copied.
 //   weights  Packed in the order of A fragments (packed_layout.h): 16 bytes a lane and tap, copied as they lie, by
-//            columns s of the filter, into a ring of three. Slot s always holds column s.
+//            columns s of the filter, into a ring of three; of two where three are too much for two blocks of a
+//            multiprocessor. Six columns, those of two chunks, are a whole number of rounds: slots are constants.
 //   reuse    The rows that a warp's outputs need for one column s are loaded once: the taps r = 0, 1, 2 of that column
 //            take other rows of the same registers.
 //
@@ -45,7 +46,7 @@ struct Conv3x3MmaTraits {
   static constexpr int kOddColumns = kTileQ + 1;  // for stride 2 the even columns of a row lie before the odd ones
   static constexpr int kHaloPixels = kTile.halo_h() * kHaloW;
   static constexpr int kHaloCopies = (2 * kHaloPixels + kThreads - 1) / kThreads;  // of 16 bytes, per thread
-  static constexpr int kStageBytes = kTile.stage_bytes();
+  static constexpr int kRing = kTile.ring(), kStageBytes = kTile.stage_bytes();
   static constexpr int kWeightCopies = (kStageBytes / 16 + kThreads - 1) / kThreads;
   static constexpr int kSharedBytes = kTile.shared_bytes();
   static_assert(kSharedBytes <= 64 * 1024, "fits on every GPU from sm_75 on");
@@ -233,12 +234,12 @@ struct Conv3x3MmaConsumer {
     }
   }
 
-  __device__ __forceinline__ void load_weights(Weights& a, int s, int r) const {
+  __device__ __forceinline__ void load_weights(Weights& a, int slot, int r) const {
 #pragma unroll
     for (int i = 0; i < T::kTilesM; ++i) {
       const bool odd = T::kTilesM % 2 == 1 && i == T::kTilesM - 1;
       const SharedAddress fragment = odd ? last_weights : weights + i * kTapColumnBytes;
-      load_shared_16(a[i], fragment + s * T::kStageBytes + r * kTapBytes);
+      load_shared_16(a[i], fragment + slot * T::kStageBytes + r * kTapBytes);
     }
   }
 
@@ -296,14 +297,16 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM) conv3x3_mma_kern
   const Consumer consumer(tile, warp, shared);
   Conv3x3MmaProducer<T> producer(params, tile, first_chunk, shared);
 
-  // A group of copies for each column of weights; the halo of the chunk after next travels with column 2.
+  // Copies travel in groups, of which the newest may be on its way while a column is summed. In a ring of three that is
+  // the column after next, with the halo that begins behind column 2. In a ring of two nothing is that far ahead but
+  // the halo, in a group of its own.
   producer.load_weights(0);
   wait_for_previous_kernel();  // it may have written x, not the weights
   producer.load_first_halo();
   commit_copies();
   producer.load_weights(1);
   commit_copies();
-  producer.load_weights(2);
+  if (T::kRing == 3) producer.load_weights(2);
   if (chunks > 1) producer.load_halo(T::kHaloBytes);
   commit_copies();
   let_next_kernel_start();
@@ -327,17 +330,18 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM) conv3x3_mma_kern
       for (int r = 0; r < 3; ++r) {
         const int tap = stage * 3 + r;
         if (r < 2) {
-          consumer.load_weights(a[(tap + 1) & 1], s, r + 1);
+          consumer.load_weights(a[(tap + 1) & 1], stage % T::kRing, r + 1);
         } else {
           wait_copies<1>();
           __syncthreads();  // the next column is complete; this one is in registers, so its slot is free, and after
                             // column 2 the chunk's halo
-          if (chunk + 1 < chunks) producer.load_weights(s);
+          if (chunk + (s + T::kRing) / 3 < chunks) producer.load_weights(stage % T::kRing);
+          if (T::kRing == 2) commit_copies();
           if (s == 2 && chunk + 2 < chunks) producer.load_halo(buffer);
           commit_copies();
           if (s == 2) buffer = T::kHaloBytes - buffer;
           consumer.load_pixels(b[(stage + 1) & 1], (s + 1) % 3, buffer);  // after the last column: not used
-          consumer.load_weights(a[(tap + 1) & 1], (s + 1) % 3, 0);
+          consumer.load_weights(a[(tap + 1) & 1], (stage + 1) % T::kRing, 0);
         }
         Consumer::multiply(sum, a[tap & 1], b[stage & 1], r);
       }
