@@ -11,10 +11,12 @@ from repvgg_cuda.models import create_model, model_names
 from repvgg_cuda.modules import RepConv3x3, RepVGGBlock
 from repvgg_cuda.ops import (
     ChainLayer,
+    FusedLayer,
     algorithms,
     conv3x3,
     conv3x3_chain,
     explain,
+    fuse_and_prepack,
     fuse_weights,
     fuse_weights_batch,
     prepack,
@@ -32,6 +34,7 @@ __all__ = [
     "Branch",
     "Branches",
     "ChainLayer",
+    "FusedLayer",
     "RepConv3x3",
     "RepVGGBlock",
     "Report",
@@ -44,6 +47,7 @@ __all__ = [
     "create_model",
     "deploy",
     "explain",
+    "fuse_and_prepack",
     "fuse_state_dict",
     "fuse_weights",
     "fuse_weights_batch",

@@ -6,7 +6,8 @@ module is missing, the operators themselves in pure PyTorch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -33,6 +34,9 @@ SCHEMAS = {
     "fuse_weights_batch": "(Tensor[] tensors, int[] tensors_per_block, float[] bn_eps, int[] in_channels, "
     "int[] out_channels, int[] groups, ScalarType? dtype, ScalarType? bias_dtype) -> (Tensor[] weights, "
     "Tensor[] biases)",
+    "fuse_and_prepack": "(Tensor[] tensors, int[] tensors_per_block, float[] bn_eps, int[] in_channels, "
+    "int[] out_channels, int[] groups, ScalarType? dtype, ScalarType? bias_dtype, int[] input_sizes, int[] strides, "
+    'str algorithm="auto", str memory="fast") -> (Tensor[] weights, Tensor[] biases, Tensor[] packed)',
 }
 
 
@@ -57,7 +61,14 @@ def _fuse_weights_fake(*args: Any) -> tuple[Tensor, Tensor]:
 _Block = tuple[list[Tensor], list[float], int, int, int]
 
 
+def _require_entries(op: str, name: str, values: Sequence[object], size: int) -> None:
+    require(
+        len(values) == size, f"{op}: {name} must have {size} entries for these tensors_per_block, got {len(values)}"
+    )
+
+
 def _blocks(
+    op: str,
     tensors: list[Tensor],
     tensors_per_block: Sequence[int],
     bn_eps: Sequence[float],
@@ -65,21 +76,14 @@ def _blocks(
     out_channels: Sequence[int],
     groups: Sequence[int],
 ) -> list[_Block]:
-    """The lists of ``fuse_weights_batch`` as the first arguments of ``fuse_weights``, block by block."""
+    """The lists of an operator for many blocks as the first arguments of ``fuse_weights``, block by block."""
     for count in tensors_per_block:
-        require(count >= 1, f"fuse_weights_batch: tensors_per_block must be at least 1, got {count}")
+        require(count >= 1, f"{op}: tensors_per_block must be at least 1, got {count}")
     batchnorms = [-(-count // TENSORS_PER_BRANCH) for count in tensors_per_block]
-    sizes: dict[str, tuple[Sequence[object], int]] = {
-        "tensors": (tensors, sum(tensors_per_block)),
-        "bn_eps": (bn_eps, sum(batchnorms)),
-    }
+    _require_entries(op, "tensors", tensors, sum(tensors_per_block))
+    _require_entries(op, "bn_eps", bn_eps, sum(batchnorms))
     for name, values in (("in_channels", in_channels), ("out_channels", out_channels), ("groups", groups)):
-        sizes[name] = (values, len(tensors_per_block))
-    for name, (given, size) in sizes.items():
-        require(
-            len(given) == size,
-            f"fuse_weights_batch: {name} must have {size} entries for these tensors_per_block, got {len(given)}",
-        )
+        _require_entries(op, name, values, len(tensors_per_block))
     all_tensors, all_eps = iter(tensors), iter(bn_eps)
     return [
         (list(islice(all_tensors, count)), list(islice(all_eps, eps)), C, K, g)
@@ -87,20 +91,26 @@ def _blocks(
     ]
 
 
-def _fuse_each(fuse: Callable[..., tuple[Tensor, Tensor]], *args: Any) -> tuple[list[Tensor], list[Tensor]]:
+@contextmanager
+def _numbered(op: str, block: int, prefix: str) -> Iterator[None]:
+    """Errors say the operator and the block in place of ``prefix``."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(f"{op}: block {block}: {str(error).removeprefix(prefix)}") from None
+
+
+def _fuse_each(op: str, fuse: Callable[..., tuple[Tensor, Tensor]], *args: Any) -> tuple[list[Tensor], list[Tensor]]:
     """``fuse_weights_batch`` by an implementation of ``fuse_weights``."""
     *lists, dtype, bias_dtype = args
     weights, biases = [], []
-    for i, (tensors, *geometry) in enumerate(_blocks(*lists)):
-        try:
+    for i, (tensors, *geometry) in enumerate(_blocks(op, *lists)):
+        with _numbered(op, i, "fuse_weights: "):
             weight, bias = fuse(tensors, *geometry, dtype, bias_dtype)
-        except RuntimeError as error:
-            message = str(error).removeprefix("fuse_weights: ")
-            raise RuntimeError(f"fuse_weights_batch: block {i}: {message}") from None
         first = lists[0][0].device
         require(
             tensors[0].device == first,
-            f"fuse_weights_batch: block {i} must be on the device of block 0 ({first}), got {tensors[0].device}; "
+            f"{op}: block {i} must be on the device of block 0 ({first}), got {tensors[0].device}; "
             "fuse it in a call of its own",
         )
         weights.append(weight)
@@ -109,11 +119,43 @@ def _fuse_each(fuse: Callable[..., tuple[Tensor, Tensor]], *args: Any) -> tuple[
 
 
 def _fuse_weights_batch_python(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
-    return _fuse_each(_fuse_weights_python, *args)
+    return _fuse_each("fuse_weights_batch", _fuse_weights_python, *args)
 
 
 def _fuse_weights_batch_fake(*args: Any) -> tuple[list[Tensor], list[Tensor]]:
-    return _fuse_each(_fuse_weights_fake, *args)
+    return _fuse_each("fuse_weights_batch", _fuse_weights_fake, *args)
+
+
+_FusedAndPacked = tuple[list[Tensor], list[Tensor], list[Tensor]]
+
+
+def _fuse_and_prepack_each(
+    fuse: Callable[..., tuple[Tensor, Tensor]],
+    prepack: Callable[..., Tensor],
+    fuse_args: Sequence[Any],
+    input_sizes: Sequence[int],
+    strides: Sequence[int],
+    algorithm: str = "auto",
+    memory: str = "fast",
+) -> _FusedAndPacked:
+    """``fuse_and_prepack`` by implementations of ``fuse_weights`` and ``prepack``. fuse_args: up to the dtypes."""
+    op, groups = "fuse_and_prepack", fuse_args[5]
+    weights, biases = _fuse_each(op, fuse, *fuse_args)
+    _require_entries(op, "input_sizes", input_sizes, 4 * len(weights))
+    _require_entries(op, "strides", strides, len(weights))
+    packed = []
+    for i, weight in enumerate(weights):
+        with _numbered(op, i, "prepack: "):
+            packed.append(prepack(weight, input_sizes[4 * i : 4 * i + 4], strides[i], groups[i], algorithm, memory))
+    return weights, biases, packed
+
+
+def _fuse_and_prepack_python(*args: Any) -> _FusedAndPacked:
+    return _fuse_and_prepack_each(_fuse_weights_python, reference.prepack, args[:8], *args[8:])
+
+
+def _fuse_and_prepack_fake(*args: Any) -> _FusedAndPacked:
+    return _fuse_and_prepack_each(_fuse_weights_fake, _prepack_fake, args[:8], *args[8:])
 
 
 def _prepack_fake(
@@ -233,7 +275,9 @@ def _fuse_weights_batch_backward(
     ctx: Any, grad_weights: Sequence[Tensor], grad_biases: Sequence[Tensor]
 ) -> tuple[Any, ...]:
     grads: list[Tensor | None] = []
-    for block, *outputs in zip(_blocks(list(ctx.saved_tensors), *ctx.lists), grad_weights, grad_biases, strict=True):
+    for block, *outputs in zip(
+        _blocks("fuse_weights_batch", list(ctx.saved_tensors), *ctx.lists), grad_weights, grad_biases, strict=True
+    ):
         grads += _fold_gradients(block, *outputs)
     return grads, None, None, None, None, None, None, None
 
@@ -417,6 +461,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "conv3x3_chain": (reference.conv3x3_chain, reference.conv3x3_chain_fake),
     "fuse_weights": (_fuse_weights_python, _fuse_weights_fake),
     "fuse_weights_batch": (_fuse_weights_batch_python, _fuse_weights_batch_fake),
+    "fuse_and_prepack": (_fuse_and_prepack_python, _fuse_and_prepack_fake),
 }
 _AUTOGRAD: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "conv3x3": (_conv3x3_setup_context, _conv3x3_backward),
@@ -433,6 +478,7 @@ _VMAP: dict[str, Callable[..., Any]] = {
         "repvgg_cuda.reference.fuse_weights"
     ),
     "fuse_weights_batch": _refuse_vmap("fuse_weights_batch: vmap is not supported; fuse the blocks one after another"),
+    "fuse_and_prepack": _refuse_vmap("fuse_and_prepack: vmap is not supported; fuse the blocks one after another"),
 }
 
 

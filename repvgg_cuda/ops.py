@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -214,15 +214,83 @@ def fuse_weights_batch(
     """
     if not blocks:
         return []
+    arguments = _lists_of("fuse_weights_batch", blocks)
+    weights, biases = torch.ops.repvgg_cuda.fuse_weights_batch(*arguments, dtype, bias_dtype)
+    return list(zip(weights, biases, strict=True))
+
+
+class FusedLayer(NamedTuple):
+    """What :func:`fuse_and_prepack` makes of a block: the last three arguments of ``conv3x3(x, ...)``, by name."""
+
+    weight: Tensor
+    bias: Tensor
+    packed: Tensor
+
+
+def fuse_and_prepack(
+    blocks: Sequence[Branches],
+    input_sizes: Sequence[Sequence[int]],
+    *,
+    strides: Sequence[int] | None = None,
+    algorithm: str = "auto",
+    memory: Memory = "fast",
+    dtype: torch.dtype | None = None,
+    bias_dtype: torch.dtype | None = None,
+) -> list[FusedLayer]:
+    """:func:`fuse_weights_batch`, then :func:`prepack` of each weight. On a GPU one launch writes the weights of both
+    orders, where the algorithm reads the tensor cores' order (``"mma"``, ``"mma_tf32"``). Not differentiable.
+
+    For weights that are folded again and again: after every epoch, after every step of an averaged model.
+
+    Args:
+        blocks: all on one device; may be empty.
+        input_sizes: ``[N, C_in, H, W]`` of each block, as for :func:`prepack`.
+        strides: of each block; None: all are 1.
+        algorithm, memory: as for :func:`prepack`, for every block.
+        dtype, bias_dtype: as for :func:`fuse_weights`, for every block.
+    Returns:
+        For each block what :func:`fuse_weights` gives, and what :func:`prepack` makes of it, bit for bit.
+    Raises:
+        RuntimeError: a tensor or a size does not fit, or ``algorithm`` refuses a block; the message names the block.
+    Note:
+        On a GPU waits for the device once, at the end: cannot be captured in a CUDA graph. Source: RepVGG,
+        arXiv:2101.03697, sec. 3.3, formulas 3 and 4.
+    """
+    for name, values in (("input_sizes", input_sizes), ("strides", blocks if strides is None else strides)):
+        require(
+            len(values) == len(blocks),
+            f"fuse_and_prepack: {name} must have one entry for each of the {len(blocks)} blocks, got {len(values)}",
+        )
+    for i, size in enumerate(input_sizes):
+        require(
+            len(size) == 4,
+            f"fuse_and_prepack: block {i}: input_size must be [N, C_in, H, W], got {len(size)} numbers",
+        )
+    if not blocks:
+        return []
+    sizes = [extent for size in input_sizes for extent in size]
+    weights, biases, packed = torch.ops.repvgg_cuda.fuse_and_prepack(
+        *_lists_of("fuse_and_prepack", blocks),
+        dtype,
+        bias_dtype,
+        sizes,
+        [1] * len(blocks) if strides is None else list(strides),
+        algorithm,
+        memory,
+    )
+    return [FusedLayer(*layer) for layer in zip(weights, biases, packed, strict=True)]
+
+
+def _lists_of(op: str, blocks: Sequence[Branches]) -> list[list[Any]]:
+    """Blocks as the first arguments of an operator for many: tensors, tensors_per_block, bn_eps, geometry."""
     arguments = [block.op_args() for block in blocks]
     tensors = [tensor for block_tensors, *_ in arguments for tensor in block_tensors]
     for tensor in tensors:
-        _require_strided("fuse_weights_batch: every tensor", tensor)
+        _require_strided(f"{op}: every tensor", tensor)
     counts = [len(block_tensors) for block_tensors, *_ in arguments]
     bn_eps = [eps for _, block_eps, *_ in arguments for eps in block_eps]
     geometry = [list(values) for values in zip(*(block[2:] for block in arguments), strict=True)]
-    weights, biases = torch.ops.repvgg_cuda.fuse_weights_batch(tensors, counts, bn_eps, *geometry, dtype, bias_dtype)
-    return list(zip(weights, biases, strict=True))
+    return [tensors, counts, bn_eps, *geometry]
 
 
 def algorithms(device: str | torch.device = "cpu") -> list[str]:

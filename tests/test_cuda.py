@@ -299,6 +299,35 @@ def test_fuse_weights(dtype: torch.dtype, groups: int, gpu: CudaDevice) -> None:
         assert bool(((got.cpu().double() - want).abs() <= bound).all()), testing.worst(got.cpu(), want, bound)
 
 
+def test_fuse_and_prepack(gpu: CudaDevice) -> None:
+    """With one launch what two calls give: channels that are no whole chunk, groups, a stem with a pack of its own."""
+    cases = [
+        (testing.random_branches(24, 40, identity=False), 1),
+        (testing.random_branches(48, 48, 2), 2),
+        (testing.random_branches(3, 24, identity=False), 2),
+    ]
+    blocks = [
+        repvgg_cuda.Branches.from_op_args([t.to(gpu.torch_device) for t in tensors], *geometry)
+        for tensors, *geometry in (block.op_args() for block, _ in cases)
+    ]
+    sizes, strides = [(2, block.in_channels, 14, 14) for block, _ in cases], [stride for _, stride in cases]
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        with GuardedMemory(gpu.torch_device) as memory:
+            layers = repvgg_cuda.fuse_and_prepack(blocks, sizes, strides=strides, dtype=dtype)
+            memory.check()
+        for block, size, stride, layer in zip(blocks, sizes, strides, layers, strict=True):
+            weight, bias = repvgg_cuda.fuse_weights(block, dtype=dtype)
+            assert torch.equal(layer.weight, weight)
+            assert torch.equal(layer.bias, bias)
+            packed = repvgg_cuda.prepack(weight, size, stride=stride, groups=block.groups)
+            x = torch.randn(size, dtype=dtype, device=gpu.torch_device).to(memory_format=torch.channels_last)
+            y, want = (
+                repvgg_cuda.conv3x3(x, weight, bias, stride=stride, groups=block.groups, packed=each)
+                for each in (layer.packed, packed)
+            )
+            assert torch.equal(y, want)
+
+
 def test_more_elements_than_an_int_counts(gpu: CudaDevice) -> None:
     """Offsets beyond 2^31: the last image of a huge batch has the bits it has by itself."""
     size = 64 if DRY_RUN else 4096

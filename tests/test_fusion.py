@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -367,3 +368,76 @@ def test_malformed_batches(arguments: tuple[list[object], ...], message: str, me
     with pytest.raises(RuntimeError) as error:
         torch.ops.repvgg_cuda.fuse_weights_batch(tensors, *rest, None, None)
     assert str(error.value) == f"fuse_weights_batch: {message}"
+
+
+# ----------------------------------------------------------------------------------------------------- fold and prepack
+
+SIZES = {"repvgg": [1, 24, 14, 14], "stem": [2, 3, 32, 32], "groups": [1, 24, 7, 9]}
+PACKED_BLOCKS = {
+    "repvgg": testing.random_branches(24, 24),
+    "stem": testing.random_branches(3, 8, identity=False),
+    "groups": testing.random_branches(24, 24, groups=2),
+}
+STRIDES = [1, 2, 1]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16], ids=["default", "float16"])
+@pytest.mark.parametrize("memory", ["fast", "low"])
+def test_fuse_and_prepack_is_both_one_after_the_other(
+    memory: Literal["fast", "low"], dtype: torch.dtype | None
+) -> None:
+    blocks = list(PACKED_BLOCKS.values())
+    layers = repvgg_cuda.fuse_and_prepack(blocks, list(SIZES.values()), strides=STRIDES, memory=memory, dtype=dtype)
+    assert len(layers) == len(blocks)
+    for block, size, stride, layer in zip(blocks, SIZES.values(), STRIDES, layers, strict=True):
+        weight, bias = repvgg_cuda.fuse_weights(block, dtype=dtype)
+        packed = repvgg_cuda.prepack(weight, size, stride=stride, groups=block.groups, memory=memory)
+        assert torch.equal(layer.weight, weight)
+        assert torch.equal(layer.bias, bias)
+        assert torch.equal(layer.packed, packed)
+        x = torch.randn(size, dtype=weight.dtype)
+        options = {"stride": stride, "groups": block.groups, "activation": "relu"}
+        want = repvgg_cuda.conv3x3(x, weight, bias, packed=packed, **options)
+        assert torch.equal(repvgg_cuda.conv3x3(x, **layer._asdict(), **options), want)
+
+
+def test_fuse_and_prepack_of_nothing() -> None:
+    assert repvgg_cuda.fuse_and_prepack([], []) == []
+
+
+BAD_PACKING = {
+    "sizes": ({"input_sizes": [[1, 24, 14, 14]]}, "input_sizes must have one entry for each of the 2 blocks, got 1"),
+    "strides": ({"strides": [1]}, "strides must have one entry for each of the 2 blocks, got 1"),
+    "extents": (
+        {"input_sizes": [[1, 24, 14, 14], [1, 24]]},
+        "block 1: input_size must be [N, C_in, H, W], got 2 numbers",
+    ),
+    "memory": ({"memory": "none"}, "block 0: memory must be one of fast, low, got 'none'"),
+    "algorithm": ({"algorithm": "no"}, "block 0: algorithm 'no' is not available on cpu"),
+    "a-stride": ({"strides": [1, 3]}, "block 1: stride must be 1 or 2, got 3"),
+    "channels": (
+        {"input_sizes": [[1, 24, 14, 14], [1, 25, 14, 14]]},
+        "block 1: input_size has C_in=25 channels, but weight [24, 24, 3, 3] with groups=1 expects 24",
+    ),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_PACKING.values(), ids=BAD_PACKING.keys())
+def test_fuse_and_prepack_errors_name_the_block(options: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"input_sizes": [[1, 24, 14, 14]] * 2, **options}
+    with pytest.raises(RuntimeError) as error:
+        repvgg_cuda.fuse_and_prepack([PACKED_BLOCKS["repvgg"]] * 2, **arguments)
+    assert str(error.value).startswith(f"fuse_and_prepack: {message}")
+
+
+@pytest.mark.parametrize("meta", [False, True], ids=["kernel", "fake"])
+def test_fuse_and_prepack_operator_checks_its_lists(meta: bool) -> None:
+    tensors, *rest = BATCH
+    tensors = [t.to("meta") if meta else t for t in tensors]
+    for sizes, strides, text in (
+        ([1, 4, 8], [1], "input_sizes must have 4 entries for these tensors_per_block, got 3"),
+        ([1, 4, 8, 8], [], "strides must have 1 entries for these tensors_per_block, got 0"),
+    ):
+        with pytest.raises(RuntimeError) as error:
+            torch.ops.repvgg_cuda.fuse_and_prepack(tensors, *rest, None, None, sizes, strides)
+        assert str(error.value) == f"fuse_and_prepack: {text}"

@@ -74,6 +74,13 @@ def test_opcheck_fuse_weights_batch(requires_grad: bool) -> None:
     torch.library.opcheck(OPS.fuse_weights_batch.default, (tensors, *lists, None, None))
 
 
+def test_opcheck_fuse_and_prepack() -> None:
+    arguments = batch_of(block_sample(torch.float32), testing.random_branches(3, 5, identity=False))
+    sizes = [extent for C in arguments[3] for extent in (1, C, 14, 14)]
+    tensors = [t.detach() for t in arguments[0]]
+    torch.library.opcheck(OPS.fuse_and_prepack.default, (tensors, *arguments[1:], None, None, sizes, [1, 2]))
+
+
 @pytest.mark.parametrize("activation", ["identity", "relu"])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_gradients_of_conv3x3(stride: int, activation: str) -> None:

@@ -300,6 +300,14 @@ FUSE_CASES = tuple(
         (6, 2, "4,1,1,bn,none"),
     )
 ) + ("fuse,12,12,float16,1,1,1,bn,none+fuse,5,40,float32,2,1,0,bn,bn+fuse,7,4,bfloat16,1,0,0,bn,none",)
+#: Folded and packed at a time: padded chunks, an odd number of them, groups, fragments that are not full.
+PACKED_FUSE_CASES = (
+    "fuse,40,24,float16,1,1,0,bn,none,2,both",
+    "fuse,24,8,bfloat16,1,1,1,bn,bn,1,packed",
+    "fuse,24,20,float32,1,1,0,bn,none,2,both",
+    "fuse,12,12,float32,1,0,0,bn,none,1,packed",
+    "fuse,6,5,float64,1,1,0,bn,none+fuse,96,40,float16,1,1,0,bn,none,1,both+fuse,8,3,float16,1,1,0,bn,none",
+)
 #: Channels that fill tensor-core tiles and pipelines, with ragged edges around them.
 DEEP_CASES = (
     Case("deep", 1, 64, 9, 11, 128),
@@ -332,7 +340,7 @@ def ran(lines: dict[tuple[str, str], dict[str, Any]]) -> dict[str, int]:
 
 def test_every_order_of_threads(programs: Programs, record_property: Callable[[str, object], None]) -> None:
     """Every row and dtype, in three orders of threads and two of blocks, ends with the same, right bits."""
-    cases = [*conv_cases(ALL_CASES, 14), *FUSE_CASES]
+    cases = [*conv_cases(ALL_CASES, 14), *FUSE_CASES, *PACKED_FUSE_CASES]
     program = programs("plain")["driver"]
     forward = drive("plain", program, cases, "--schedule", "forward", "--guard", "before", "--reach", "yes")
     for options in (("backward", "--blocks-at-once", "3"), ("random:1", "--blocks-at-once", "4")):
@@ -418,12 +426,12 @@ def test_other_gpus(capability: int, multiprocessors: int, programs: Programs) -
 
 
 def test_memory(programs: Programs) -> None:
-    cases = [*conv_cases(ALL_CASES, 10), *FUSE_CASES]
+    cases = [*conv_cases(ALL_CASES, 10), *FUSE_CASES, *PACKED_FUSE_CASES]
     assert all(ran(drive("asan", programs("asan")["driver"], cases, "--schedule", "random:2")).values())
 
 
 def test_races(programs: Programs) -> None:
-    cases = [*conv_cases((*testing.EDGE_CASES[:13], *DEEP_CASES), 8), *FUSE_CASES[:5]]
+    cases = [*conv_cases((*testing.EDGE_CASES[:13], *DEEP_CASES), 8), *FUSE_CASES[:5], *PACKED_FUSE_CASES]
     options = ("--schedule", "random:3", "--blocks-at-once", "2", "--capability", "90")
     assert all(ran(drive("tsan", programs("tsan")["driver"], cases, *options)).values())
 
@@ -449,6 +457,18 @@ def test_no_bank_conflicts(row: str, programs: Programs) -> None:
             scattered = [cost for cost in copies if cost.cost != cost.ideal]
             assert copies
             assert not scattered, "\n".join(map(str, scattered))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_weights_are_packed_without_bank_conflicts(dtype: str, programs: Programs) -> None:
+    """What fuse_weights collects for a fragment, and what packing a weight does, in one run."""
+    case = f"fuse,64,64,{dtype},1,1,1,bn,none,1,both"
+    costs = counts.measure(programs("count")["driver"], "--algorithm", "fuse_weights", case)
+    assert not counts.conflicts(costs)
+    for kernel in ("fuse_weights", "pack weights"):
+        reads = [cost for cost in costs if kernel in cost.kernel and cost.place.startswith("packed_layout.h")]
+        assert sum(cost.requests for cost in reads) > 1000
+        assert all(cost.cost == cost.ideal for cost in reads), "\n".join(map(str, reads))
 
 
 # ------------------------------------------------------------------------------------------------------------ mutants

@@ -75,6 +75,8 @@ struct ConvAlgo {
   // How launch would do it; nullptr on a CPU.
   LaunchPlan (*plan)(const ConvProblem&, const Device&) = nullptr;
   RowLayout layout = RowLayout::kAsProblem;
+  // On a GPU: fuse_weights can write what `pack` would make of the folded weight.
+  bool folds_packed = false;
 };
 
 inline int64_t no_bytes(const ConvProblem&) { return 0; }

@@ -38,10 +38,12 @@ struct FoldBranch {
 // weight [K, C, 3, 3], bias [K]; C is C_in / groups.
 struct FoldProblem {
   int64_t K, C;
+  int32_t groups;
   int32_t n_branches;
   DType weight_dtype, bias_dtype;
-  void* weight;
+  void* weight;  // nullptr, where `packed` is not: not asked for
   void* bias;
+  void* packed;  // on a GPU: the weight once more, in the order of cuda/packed_layout.h; nullptr: not asked for
   FoldBatchNorm post_bn;
   FoldBranch branches[kMaxBranches];
 };

@@ -108,9 +108,10 @@ void launch_mma(const ConvProblem& prob, const ConvArgs& args, const MmaPlan& pl
   entry_of(prob, plan.tile).launch(params, overlap && !args.just_packed, overlap, args.stream);
 }
 
+constexpr bool kFoldsPacked = true;
 extern const ConvAlgo kConv3x3Mma = {"mma",     refuse, cost, mma_packed_bytes, mma_pack,
-                                     workspace, launch, plan, RowLayout::kNHWC};
+                                     workspace, launch, plan, RowLayout::kNHWC, kFoldsPacked};
 extern const ConvAlgo kConv3x3MmaTF32 = {"mma_tf32", refuse_tf32, cost_tf32, mma_packed_bytes, mma_pack,
-                                         workspace,  launch,      plan,      RowLayout::kNHWC};
+                                         workspace,  launch,      plan,      RowLayout::kNHWC, kFoldsPacked};
 
 }  // namespace repvgg::cuda

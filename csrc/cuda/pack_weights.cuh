@@ -12,8 +12,9 @@ template <MmaType Type>
 struct PackWeightsTraits {
   static constexpr MmaType kType = Type;
   static constexpr int kElementBytes = Type == MmaType::kTF32 ? 4 : 2, kChunkC = kChunkBytes / kElementBytes;
-  static constexpr int kThreads = 96, kBlocksPerSM = 6;        // the shared memory of sm_75
-  static constexpr int kRow = kChunkC * 9, kPitch = kRow + 2;  // of a staged output channel; + 2 spreads the banks
+  static constexpr int kThreads = 96, kBlocksPerSM = 6;                  // the shared memory of sm_75
+  static constexpr int kRow = kChunkC * 9, kPitch = packed_pitch(kRow);  // of a staged output channel
+  static_assert(kPitch % 8 == 4, "8 rows begin in 8 different groups of 4 banks");
 };
 
 template <class T>
@@ -45,15 +46,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocksPerSM)
   const int lane = thread % 32, s = thread / 32;
   for (int r = 0; r < 3; ++r) {
     uint32_t a[4];
-    for (int e = 0; e < 4; ++e) {  // registers of an A fragment: see device.cuh
-      const uint32_t* row = staged + (lane / 4 + e % 2 * 8) * T::kPitch + r * 3 + s;
-      const int half = e / 2 * (T::kChunkC / 2), t = lane % 4;
-      if constexpr (T::kType == MmaType::kTF32) {
-        a[e] = row[(half + t) * 9];
-      } else {
-        a[e] = row[(half + 2 * t) * 9] | row[(half + 2 * t + 1) * 9] << 16;
-      }
-    }
+    for (int e = 0; e < 4; ++e) a[e] = packed_register<T::kElementBytes>(staged, T::kPitch, r * 3 + s, lane, e);
     store_global_16(packed + layout.offset(group, chunk, s, tile) + r * kTapBytes + lane * 16, a[0], a[1], a[2], a[3]);
   }
   if (blockIdx.x == 0) {

@@ -23,6 +23,7 @@ struct PackedLayout {
   int groups, chunks, tiles;  // tiles: of 16 output channels in a group
   int padding;                // channels of the first chunk that are none
 
+  PackedLayout() = default;
   RVG_HOST_DEVICE PackedLayout(int64_t groups, int64_t group_C, int64_t group_K, int chunk_C)
       : groups(static_cast<int>(groups)),
         chunks(static_cast<int>((group_C + chunk_C - 1) / chunk_C)),
@@ -46,6 +47,26 @@ RVG_HOST_DEVICE inline int packed_channel(int tile, int row, int tiles) {
   const int half = row / 8, quad = row % 8 / 2, low = row % 2;
   const bool paired = (tile | 1) < tiles;
   return paired ? tile / 2 * 32 + quad * 8 + tile % 2 * 4 + half * 2 + low : tile * 16 + quad * 4 + half * 2 + low;
+}
+
+// Where the elements of a fragment's taps are collected: [row of the fragment][channel of the chunk][tap], the bits of
+// one element a word. With such a pitch of a row all lanes of packed_register read different banks.
+constexpr int packed_pitch(int row) { return row + 4; }
+
+// Register `e` of the lane's fragment (A in device_mma.cuh) of a tap r * 3 + s.
+template <int kElementBytes>
+RVG_HOST_DEVICE inline uint32_t packed_register(const uint32_t* staged, int pitch, int tap, int lane, int e) {
+  constexpr int kHalf = kChunkBytes / kElementBytes / 2;  // channels
+  const uint32_t* const row = staged + (lane / 4 + e % 2 * 8) * pitch + tap;
+  const int t = lane % 4;
+  if constexpr (kElementBytes == 4) {
+    return row[(e / 2 * kHalf + t) * 9];
+  } else {
+    const int c = e / 2 * kHalf + 2 * t;
+    const int first = t / 2;  // half of the lanes read the upper one first: for the banks' sake
+    const uint32_t a = row[(c + first) * 9], b = row[(c + 1 - first) * 9];
+    return first == 0 ? a | b << 16 : b | a << 16;
+  }
 }
 
 }  // namespace repvgg::cuda

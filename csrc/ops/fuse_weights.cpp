@@ -4,8 +4,10 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <array>
+#include <string>
 
 #include "cpu/fuse_weights.h"
+#include "ops/packed.h"
 #ifdef RVG_WITH_CUDA
 #include "cuda/algos.h"
 #endif
@@ -52,17 +54,65 @@ std::tuple<Tensor, Tensor> allocate(FoldProblem& prob, const Tensor& like) {
   return {weight, bias};
 }
 
-// Block `i` of a batch: the message of a block alone, with its number.
-FoldProblem make_numbered_problem(size_t i, std::vector<Tensor>& tensors, const std::vector<double>& bn_eps,
-                                  int64_t in_channels, int64_t out_channels, int64_t groups,
-                                  std::optional<ScalarType> dtype, std::optional<ScalarType> bias_dtype) {
+// A list of an operator that takes many blocks.
+void check_entries(const char* op, const char* name, size_t got, int64_t expected) {
+  check(static_cast<int64_t>(got) == expected, op, ": ", name, " must have ", expected,
+        " entries for these tensors_per_block, got ", got);
+}
+
+// What f returns; with the number of the block in place of `prefix` where it throws.
+template <class F>
+auto numbered(const char* op, size_t block, const std::string& prefix, const F& f) {
   try {
-    return make_fold_problem(tensors, bn_eps, in_channels, out_channels, groups, dtype, bias_dtype);
+    return f();
   } catch (const std::runtime_error& error) {
-    const std::string message = error.what(), prefix = "fuse_weights: ";
-    fail("fuse_weights_batch: block ", i, ": ",
-         message.rfind(prefix, 0) == 0 ? message.substr(prefix.size()) : message);
+    const std::string message = error.what();
+    fail(op, ": block ", block, ": ", message.rfind(prefix, 0) == 0 ? message.substr(prefix.size()) : message);
   }
+}
+
+// Many blocks, checked, with the tensors that their problems point to.
+struct FoldBatch {
+  std::vector<FoldProblem> problems;
+  std::vector<Tensor> weights, biases;
+  std::vector<std::vector<Tensor>> inputs;  // kept: they may be contiguous copies
+};
+
+FoldBatch make_batch(const char* op, const std::vector<Tensor>& tensors, const std::vector<int64_t>& tensors_per_block,
+                     const std::vector<double>& bn_eps, const std::vector<int64_t>& in_channels,
+                     const std::vector<int64_t>& out_channels, const std::vector<int64_t>& groups,
+                     std::optional<ScalarType> dtype, std::optional<ScalarType> bias_dtype) {
+  const size_t n = tensors_per_block.size();
+  int64_t count_tensors = 0, count_eps = 0;
+  for (const int64_t count : tensors_per_block) {
+    check(count >= 1, op, ": tensors_per_block must be at least 1, got ", count);
+    count_tensors += count;
+    count_eps += fold_batchnorms(count);
+  }
+  check_entries(op, "tensors", tensors.size(), count_tensors);
+  check_entries(op, "bn_eps", bn_eps.size(), count_eps);
+  check_entries(op, "in_channels", in_channels.size(), static_cast<int64_t>(n));
+  check_entries(op, "out_channels", out_channels.size(), static_cast<int64_t>(n));
+  check_entries(op, "groups", groups.size(), static_cast<int64_t>(n));
+
+  FoldBatch batch;
+  auto tensor = tensors.begin();
+  auto eps = bn_eps.begin();
+  for (size_t i = 0; i < n; ++i) {
+    std::vector<Tensor>& inputs = batch.inputs.emplace_back(tensor, tensor + tensors_per_block[i]);
+    const std::vector<double> block_eps(eps, eps + fold_batchnorms(tensors_per_block[i]));
+    tensor += tensors_per_block[i];
+    eps += fold_batchnorms(tensors_per_block[i]);
+    batch.problems.push_back(numbered(op, i, "fuse_weights: ", [&] {
+      return make_fold_problem(inputs, block_eps, in_channels[i], out_channels[i], groups[i], dtype, bias_dtype);
+    }));
+    check(same_device(inputs.front(), tensors.front()), op, ": block ", i, " must be on the device of block 0 (",
+          device_name(tensors.front()), "), got ", device_name(inputs.front()), "; fuse it in a call of its own");
+    auto [weight, bias] = allocate(batch.problems.back(), tensors.front());
+    batch.weights.push_back(std::move(weight));
+    batch.biases.push_back(std::move(bias));
+  }
+  return batch;
 }
 
 }  // namespace
@@ -81,44 +131,42 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> fuse_weights_batch(
     const std::vector<double>& bn_eps, const std::vector<int64_t>& in_channels,
     const std::vector<int64_t>& out_channels, const std::vector<int64_t>& groups, std::optional<ScalarType> dtype,
     std::optional<ScalarType> bias_dtype) {
-  const size_t n = tensors_per_block.size();
-  int64_t count_tensors = 0, count_eps = 0;
-  for (const int64_t count : tensors_per_block) {
-    check(count >= 1, "fuse_weights_batch: tensors_per_block must be at least 1, got ", count);
-    count_tensors += count;
-    count_eps += fold_batchnorms(count);
-  }
-  const auto check_size = [](const char* name, size_t got, int64_t expected) {
-    check(static_cast<int64_t>(got) == expected, "fuse_weights_batch: ", name, " must have ", expected,
-          " entries for these tensors_per_block, got ", got);
-  };
-  check_size("tensors", tensors.size(), count_tensors);
-  check_size("bn_eps", bn_eps.size(), count_eps);
-  check_size("in_channels", in_channels.size(), static_cast<int64_t>(n));
-  check_size("out_channels", out_channels.size(), static_cast<int64_t>(n));
-  check_size("groups", groups.size(), static_cast<int64_t>(n));
+  FoldBatch batch = make_batch("fuse_weights_batch", tensors, tensors_per_block, bn_eps, in_channels, out_channels,
+                               groups, dtype, bias_dtype);
+  if (!tensors.empty()) fold(batch.problems, tensors.front());
+  return {std::move(batch.weights), std::move(batch.biases)};
+}
 
-  std::vector<FoldProblem> problems;
-  std::vector<std::vector<Tensor>> inputs;  // kept: they may be contiguous copies
-  std::tuple<std::vector<Tensor>, std::vector<Tensor>> outputs;
-  auto tensor = tensors.begin();
-  auto eps = bn_eps.begin();
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>> fuse_and_prepack(
+    const std::vector<Tensor>& tensors, const std::vector<int64_t>& tensors_per_block,
+    const std::vector<double>& bn_eps, const std::vector<int64_t>& in_channels,
+    const std::vector<int64_t>& out_channels, const std::vector<int64_t>& groups, std::optional<ScalarType> dtype,
+    std::optional<ScalarType> bias_dtype, const std::vector<int64_t>& input_sizes, const std::vector<int64_t>& strides,
+    const std::string& algorithm, const std::string& memory) {
+  const char* const op = "fuse_and_prepack";
+  FoldBatch batch =
+      make_batch(op, tensors, tensors_per_block, bn_eps, in_channels, out_channels, groups, dtype, bias_dtype);
+  const size_t n = batch.problems.size();
+  check_entries(op, "input_sizes", input_sizes.size(), 4 * static_cast<int64_t>(n));
+  check_entries(op, "strides", strides.size(), static_cast<int64_t>(n));
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (n > 0 && tensors.front().is_cuda()) guard.emplace(tensors.front().get_device_index());
+
+  std::vector<NewPacked> packed;
   for (size_t i = 0; i < n; ++i) {
-    inputs.emplace_back(tensor, tensor + tensors_per_block[i]);
-    const std::vector<double> block_eps(eps, eps + fold_batchnorms(tensors_per_block[i]));
-    tensor += tensors_per_block[i];
-    eps += fold_batchnorms(tensors_per_block[i]);
-    problems.push_back(make_numbered_problem(i, inputs.back(), block_eps, in_channels[i], out_channels[i], groups[i],
-                                             dtype, bias_dtype));
-    check(same_device(inputs.back().front(), tensors.front()), "fuse_weights_batch: block ", i,
-          " must be on the device of block 0 (", device_name(tensors.front()), "), got ",
-          device_name(inputs.back().front()), "; fuse it in a call of its own");
-    auto [weight, bias] = allocate(problems.back(), tensors.front());
-    std::get<0>(outputs).push_back(std::move(weight));
-    std::get<1>(outputs).push_back(std::move(bias));
+    const std::vector<int64_t> size(&input_sizes[4 * i], &input_sizes[4 * i] + 4);
+    packed.push_back(numbered(op, i, "prepack: ", [&] {
+      return NewPacked(kPrepack, batch.weights[i], size, strides[i], groups[i], algorithm, memory);
+    }));
+    batch.problems[i].packed = packed.back().for_fold();
   }
-  if (n > 0) fold(problems, tensors.front());
-  return outputs;
+  if (n > 0) fold(batch.problems, tensors.front());
+  for (size_t i = 0; i < n; ++i) {  // all launches come before the first wait
+    if (batch.problems[i].packed == nullptr) packed[i].pack(batch.weights[i]);
+  }
+  std::vector<Tensor> finished;
+  for (size_t i = 0; i < n; ++i) finished.push_back(packed[i].finish(batch.weights[i]));
+  return {std::move(batch.weights), std::move(batch.biases), std::move(finished)};
 }
 
 }  // namespace repvgg::ops

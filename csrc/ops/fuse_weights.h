@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -19,5 +20,13 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> fuse_weights_batch(
     const std::vector<double>& bn_eps, const std::vector<int64_t>& in_channels,
     const std::vector<int64_t>& out_channels, const std::vector<int64_t>& groups, std::optional<ScalarType> dtype,
     std::optional<ScalarType> bias_dtype);
+
+// The same, and each weight packed as prepack does. On a GPU one launch writes both, where the row allows it.
+std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>> fuse_and_prepack(
+    const std::vector<Tensor>& tensors, const std::vector<int64_t>& tensors_per_block,
+    const std::vector<double>& bn_eps, const std::vector<int64_t>& in_channels,
+    const std::vector<int64_t>& out_channels, const std::vector<int64_t>& groups, std::optional<ScalarType> dtype,
+    std::optional<ScalarType> bias_dtype, const std::vector<int64_t>& input_sizes, const std::vector<int64_t>& strides,
+    const std::string& algorithm, const std::string& memory);
 
 }  // namespace repvgg::ops

@@ -25,6 +25,10 @@ STABLE_TORCH_LIBRARY(repvgg_cuda, m) {
       "fuse_weights_batch(Tensor[] tensors, int[] tensors_per_block, float[] bn_eps, int[] in_channels, "
       "int[] out_channels, int[] groups, ScalarType? dtype, ScalarType? bias_dtype) -> (Tensor[] weights, "
       "Tensor[] biases)");
+  m.def(
+      "fuse_and_prepack(Tensor[] tensors, int[] tensors_per_block, float[] bn_eps, int[] in_channels, "
+      "int[] out_channels, int[] groups, ScalarType? dtype, ScalarType? bias_dtype, int[] input_sizes, int[] strides, "
+      "str algorithm=\"auto\", str memory=\"fast\") -> (Tensor[] weights, Tensor[] biases, Tensor[] packed)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(repvgg_cuda, CPU, m) {
@@ -33,6 +37,7 @@ STABLE_TORCH_LIBRARY_IMPL(repvgg_cuda, CPU, m) {
   m.impl("conv3x3_chain", TORCH_BOX(&repvgg::ops::conv3x3_chain));
   m.impl("fuse_weights", TORCH_BOX(&repvgg::ops::fuse_weights));
   m.impl("fuse_weights_batch", TORCH_BOX(&repvgg::ops::fuse_weights_batch));
+  m.impl("fuse_and_prepack", TORCH_BOX(&repvgg::ops::fuse_and_prepack));
 }
 
 // Without CUDA kernels in the build the CUDA key still runs F.conv2d, and refuses the rest with a remedy.
@@ -42,4 +47,5 @@ STABLE_TORCH_LIBRARY_IMPL(repvgg_cuda, CUDA, m) {
   m.impl("conv3x3_chain", TORCH_BOX(&repvgg::ops::conv3x3_chain));
   m.impl("fuse_weights", TORCH_BOX(&repvgg::ops::fuse_weights));
   m.impl("fuse_weights_batch", TORCH_BOX(&repvgg::ops::fuse_weights_batch));
+  m.impl("fuse_and_prepack", TORCH_BOX(&repvgg::ops::fuse_and_prepack));
 }

@@ -143,9 +143,9 @@ Tensor owning_header(const Where& where, PackedHeader header, Tensor payload) {
   return Tensor(handle);
 }
 
-void wait_for_stream([[maybe_unused]] void* stream) {
+void wait_for_stream([[maybe_unused]] int32_t device_index) {
 #ifdef RVG_WITH_CUDA
-  cuda::wait_for_stream(stream);
+  cuda::wait_for_stream(current_stream(device_index));
 #endif
 }
 
@@ -181,48 +181,65 @@ const void* device_payload(const Where& where, const PackedHeader& header, const
 
 }  // namespace
 
-Tensor prepack(const Tensor& weight, const std::vector<int64_t>& input_size, int64_t stride, int64_t groups,
-               const std::string& algorithm, const std::string& memory) {
-  const Where where{"prepack", -1, "input_size"};
-  ConvProblem prob = make_problem(where, input_size, weight, stride, groups);
-  if (weight.is_cuda() && weight.element_size() == 2) prob.layout = Layout::kNHWC;  // as networks run
+NewPacked::NewPacked(const Where& where, const Tensor& weight, const std::vector<int64_t>& input_size, int64_t stride,
+                     int64_t groups, const std::string& algorithm, const std::string& memory)
+    : where_(where), prob_(make_problem(where, input_size, weight, stride, groups)) {
+  if (weight.is_cuda() && weight.element_size() == 2) prob_.layout = Layout::kNHWC;  // as networks run
   check(memory == "fast" || memory == "low", where, "memory must be one of fast, low, got '", memory, "'");
-  std::optional<torch::stable::accelerator::DeviceGuard> guard;
-  if (weight.is_cuda()) guard.emplace(weight.get_device_index());
   const int64_t weight_bytes = weight.numel() * weight.element_size();
   const int64_t max_bytes = memory == "low" ? weight_bytes : std::numeric_limits<int64_t>::max();
-  const ConvAlgo* algo = choose_packed(where, prob, device_of(weight), device_type(weight), algorithm, max_bytes);
+  algo_ = choose_packed(where, prob_, device_of(weight), device_type(weight), algorithm, max_bytes);
 
-  PackedHeader header = {};
-  std::memcpy(header.magic, kPackedMagic, sizeof header.magic);
-  set_field(header.algorithm, algo == nullptr ? "aten" : algo->name);
-  header.C = prob.C;
-  header.K = prob.K;
-  header.groups = prob.groups;
-  header.stride = prob.stride;
-  header.fingerprint = fingerprint(weight);
-  const int64_t bytes = algo == nullptr ? 0 : algo->packed_bytes(prob);
+  std::memcpy(header_.magic, kPackedMagic, sizeof header_.magic);
+  set_field(header_.algorithm, algo_ == nullptr ? "aten" : algo_->name);
+  header_.C = prob_.C;
+  header_.K = prob_.K;
+  header_.groups = prob_.groups;
+  header_.stride = prob_.stride;
+  const int64_t bytes = algo_ == nullptr ? 0 : algo_->packed_bytes(prob_);
   if (weight.is_cuda() && bytes > 0) {
-    Tensor payload = torch::stable::empty({&bytes, 1}, ScalarType::Byte, std::nullopt, weight.device());
-    header.device_payload = payload.const_data_ptr();
-    header.device_bytes = bytes;
-    header.device_index = weight.get_device_index();
-    header.device_dtype = static_cast<int32_t>(weight.scalar_type());
-    void* const stream = current_stream(weight.get_device_index());
-    algo->pack(prob, {dense(weight).const_data_ptr(), payload.mutable_data_ptr(), stream, parallel_for});
-    wait_for_stream(stream);  // from now on they can be read on every stream, and before the launch ahead has ended
-    return owning_header(where, header, std::move(payload));
+    device_ = torch::stable::empty({&bytes, 1}, ScalarType::Byte, std::nullopt, weight.device());
+    header_.device_payload = device_->const_data_ptr();
+    header_.device_bytes = bytes;
+    header_.device_index = weight.get_device_index();
+    header_.device_dtype = static_cast<int32_t>(weight.scalar_type());
+    return;
   }
-  header.payload_bytes = bytes;
-  if (header.payload_bytes > 0) set_field(header.target, cpu::target_name());
+  header_.payload_bytes = bytes;
+  if (bytes > 0) set_field(header_.target, cpu::target_name());
+  host_ = allocate(bytes);
+}
 
-  Tensor packed = allocate(header.payload_bytes);
-  auto* const data = static_cast<char*>(packed.mutable_data_ptr());
-  std::memcpy(data, &header, sizeof header);
-  if (header.payload_bytes > 0) {
-    algo->pack(prob, {dense(weight).const_data_ptr(), data + kHeaderBytes, nullptr, parallel_for});
+void* NewPacked::for_fold() const {
+  return device_.has_value() && algo_->folds_packed ? device_->mutable_data_ptr() : nullptr;
+}
+
+void NewPacked::pack(const Tensor& weight) {
+  void* to = nullptr;
+  if (device_.has_value()) to = device_->mutable_data_ptr();
+  if (header_.payload_bytes > 0) to = static_cast<char*>(host_.mutable_data_ptr()) + kHeaderBytes;
+  if (to == nullptr) return;
+  void* const stream = weight.is_cuda() ? current_stream(weight.get_device_index()) : nullptr;
+  algo_->pack(prob_, {dense(weight).const_data_ptr(), to, stream, parallel_for});
+}
+
+Tensor NewPacked::finish(const Tensor& weight) {
+  header_.fingerprint = fingerprint(weight);
+  if (device_.has_value()) {
+    wait_for_stream(header_.device_index);
+    return owning_header(where_, header_, std::move(*device_));
   }
-  return packed;
+  std::memcpy(host_.mutable_data_ptr(), &header_, sizeof header_);
+  return host_;
+}
+
+Tensor prepack(const Tensor& weight, const std::vector<int64_t>& input_size, int64_t stride, int64_t groups,
+               const std::string& algorithm, const std::string& memory) {
+  std::optional<torch::stable::accelerator::DeviceGuard> guard;
+  if (weight.is_cuda()) guard.emplace(weight.get_device_index());
+  NewPacked packed(kPrepack, weight, input_size, stride, groups, algorithm, memory);
+  packed.pack(weight);
+  return packed.finish(weight);
 }
 
 Packed open_packed(const Where& where, const Tensor& packed, const Tensor& weight, const ConvProblem& prob,

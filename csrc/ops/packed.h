@@ -33,11 +33,37 @@ static_assert(sizeof(PackedHeader) == 128, "the payload follows at a multiple of
 
 constexpr char kPackedMagic[9] = "RVGPACK1";
 
+constexpr Where kPrepack{"prepack", -1, "input_size"};
+
 // Makes packed weights for `input_size` [N, C_in, H, W]: "auto" takes the row predicted to be fastest there. With
 // `memory` "low" rows whose payload is larger than the weight are passed over. A row that reads weights as they are has
 // the header alone.
 Tensor prepack(const Tensor& weight, const std::vector<int64_t>& input_size, int64_t stride, int64_t groups,
                const std::string& algorithm, const std::string& memory);
+
+// Packed weights in the making: the row and the memory are chosen, nothing is packed yet.
+class NewPacked {
+ public:
+  // Of `weight` only the shape, the dtype and the device count, arguments are those of prepack.
+  NewPacked(const Where& where, const Tensor& weight, const std::vector<int64_t>& input_size, int64_t stride,
+            int64_t groups, const std::string& algorithm, const std::string& memory);
+
+  // Where fuse_weights shall write what it folds; nullptr where it cannot.
+  void* for_fold() const;
+  // Packs the weight, if that is to be done; on a GPU on its current stream.
+  void pack(const Tensor& weight);
+  // The tensor. Waits for a GPU that packs: the weights can then be read on every stream, and before the launch ahead
+  // has ended.
+  Tensor finish(const Tensor& weight);
+
+ private:
+  Where where_;
+  ConvProblem prob_;
+  const ConvAlgo* algo_;  // nullptr: aten
+  PackedHeader header_ = {};
+  Tensor host_;                   // header and payload; undefined where the payload is on a GPU
+  std::optional<Tensor> device_;  // the payload on a GPU
+};
 
 // What packed weights say.
 struct Packed {

@@ -316,6 +316,7 @@ FoldProblem make_fold_problem(std::vector<Tensor>& tensors, const std::vector<do
   FoldProblem prob = {};
   prob.K = out_channels;
   prob.C = in_channels / groups;
+  prob.groups = static_cast<int32_t>(groups);
   prob.n_branches = static_cast<int32_t>(n);
   for (size_t i = 0; i < n; ++i) {
     prob.branches[i] = fold_branch(&tensors[i * kTensorsPerBranch], reference, static_cast<int>(i), bn_eps[i], prob.K,

@@ -8,7 +8,7 @@
 //     --tile I, --split N: of the tensor-core rows, instead of what they would choose
 //   case: N,C,H,W,K,stride,groups,dtype,layout,activation,bias|none     as 2,5,7,9,6,1,1,float32,nhwc,relu,bias
 //     or  fuse,K,C,dtype,3x3 branches,1x1 branches,identities,bn|none,bn of the sum|none     several joined by +: one
-//     call
+//     call. With ,groups,both|packed behind it also, or only, packed weights; C is then that of a group
 //
 // Prints a JSON object per row and case. Exit status: 0 all is well, 1 a result is wrong, 2 usage, 3 an access outside
 // a buffer, 4 a diagnosis of the executor.

@@ -3,6 +3,7 @@
 #include <memory>
 
 #include "cuda/algos.h"
+#include "cuda/pack_weights.h"
 #include "driver.h"
 
 namespace simt_test {
@@ -27,11 +28,26 @@ struct FoldArrays {
 struct FoldCase {
   repvgg::FoldProblem prob = {};
   FoldArrays arrays;
-  std::unique_ptr<Buffer> weight, bias;
+  std::unique_ptr<Buffer> weight, bias, packed;
+
+  bool weight_asked() const { return prob.weight != nullptr; }
+  // The layer that packed weights are for.
+  ConvProblem layer() const {
+    return {1,
+            prob.C * prob.groups,
+            1,
+            1,
+            prob.K,
+            1,
+            prob.groups,
+            prob.weight_dtype,
+            Layout::kNHWC,
+            repvgg::Activation::kIdentity};
+  }
 };
 
 FoldCase fold_case(const std::vector<std::string>& part) {
-  if (part.size() != 9) throw std::invalid_argument("a case of fuse has 9 parts");
+  if (part.size() != 9 && part.size() != 11) throw std::invalid_argument("a case of fuse has 9 or 11 parts");
   FoldCase result;
   repvgg::FoldProblem& prob = result.prob;
   prob.K = std::stoll(part[1]);
@@ -56,7 +72,23 @@ FoldCase fold_case(const std::vector<std::string>& part) {
   result.bias = std::make_unique<Buffer>("bias", prob.K, dtype, options.guard);
   prob.weight = result.weight->data(), prob.bias = result.bias->data();
   prob.weight_dtype = prob.bias_dtype = dtype;
+  prob.groups = 1;
+  if (part.size() == 11) {
+    prob.groups = std::stoi(part[9]);
+    result.packed = std::make_unique<Buffer>("packed", repvgg::cuda::mma_packed_bytes(result.layer()), DType::kFloat16,
+                                             options.guard);
+    prob.packed = result.packed->data();
+    if (!choose<bool>(part[10], {{"both", true}, {"packed", false}})) prob.weight = nullptr;
+  }
   return result;
+}
+
+// Whether what was packed is what packing the folded weight gives.
+std::string compare_packed(const FoldCase& each) {
+  const Buffer expected("expected", static_cast<int64_t>(each.packed->bytes() / 2), DType::kFloat16, options.guard);
+  repvgg::cuda::mma_pack(each.layer(), {each.weight->data(), expected.data(), nullptr, {}});
+  simt::synchronize();
+  return each.packed->same(expected.copy()) ? "" : "packed weights differ from the packed weight";
 }
 
 }  // namespace
@@ -71,6 +103,13 @@ void run_fold(const std::string& text) {
   }
   repvgg::cuda::fuse_weights(problems.data(), static_cast<int>(problems.size()), nullptr);
   simt::synchronize();
+  for (FoldCase& each : cases) {  // the weight that was not asked for
+    if (each.weight_asked()) continue;
+    each.prob.weight = each.weight->data();
+    each.prob.packed = nullptr;
+    repvgg::cuda::fuse_weights(&each.prob, 1, nullptr);
+    simt::synchronize();
+  }
   double used = 0;
   uint64_t hash = 0;
   std::string wrong;
@@ -78,6 +117,7 @@ void run_fold(const std::string& text) {
     const FoldReference expected = fold_reference(each.prob);
     if (wrong.empty()) wrong = compare("weight", *each.weight, expected.weight, expected.weight_bound, &used);
     if (wrong.empty()) wrong = compare("bias", *each.bias, expected.bias, expected.bias_bound, &used);
+    if (wrong.empty() && each.packed != nullptr) wrong = compare_packed(each);
     hash ^= each.weight->hash() ^ each.bias->hash();
   }
   report("fuse_weights", text, checked("bound", used, hash, wrong));

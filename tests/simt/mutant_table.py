@@ -70,10 +70,11 @@ LISTED = (
     Listed(MMA, "if (padded && half == 0)", "if (padded && half == 1)", "the wrong half of a chunk is padding"),
     Listed(
         MMA,
-        "if (chunk + 1 < chunks) producer.load_weights(s);",
-        "if (chunk + 1 < chunks) producer.load_weights((s + 1) % 3);",
+        "/ 3 < chunks) producer.load_weights(stage % T::kRing);",
+        "/ 3 < chunks) producer.load_weights((stage + 1) % T::kRing);",
         "the wrong slot of the ring",
     ),
+    Listed(MMA, "if (T::kRing == 2) commit_copies();", "", "columns and halo of a ring of two in one group"),
     Listed(
         MMA,
         "producer.load_halo(buffer);",
@@ -164,8 +165,9 @@ LISTED = (
     ),
     Listed(STEM, "min(k16 + i, fragments - 1)", "k16 + i", "fragments past the packed weights are read"),
     # ------------------------------------------------------------------------------------------------------------ pack
-    Listed(PACK, "(lane / 4 + e % 2 * 8)", "(lane / 4 + e / 2 * 8)", "two registers of the weights swapped"),
-    Listed(PACK, "T::kPitch + r * 3 + s;", "T::kPitch + s * 3 + r;", "the filter transposed"),
+    Listed(LAYOUT, "first == 0 ? a", "first == 1 ? a", "neighbouring channels swapped"),
+    Listed(LAYOUT, "(lane / 4 + e % 2 * 8)", "(lane / 4 + e / 2 * 8)", "two registers of the weights swapped"),
+    Listed(PACK, "r * 3 + s, lane, e)", "s * 3 + r, lane, e)", "the filter transposed"),
     Listed(PACK, "if (k < group_K &&", "if (k <= group_K &&", "a channel past the group is read"),
     Listed(PACK, "first * 9 + at >= 0", "first * 9 + at > 0", "the first tap is taken for padding"),
     Listed(PACK, "i < layout.slack();", "i <= layout.slack();", "a store past the packed weights"),
@@ -174,19 +176,17 @@ LISTED = (
     Listed(
         FUSE, "first_block <= blockIdx.x", "first_block < blockIdx.x", "a job's first channel goes to the one before"
     ),
-    Listed(FUSE, "sums[e] *= post_scale;", ";", "the BatchNorm on the sum forgotten in the kernel"),
+    Listed(FUSE, "sums[e] *= channels.post[row].scale;", ";", "the BatchNorm on the sum forgotten in the kernel"),
     Listed(
-        FUSE,
-        "bias * post[0].scale + post[0].shift",
-        "bias * post[0].scale",
-        "the shift of the BatchNorm on the sum forgotten",
+        FUSE, "bias * post.scale + post.shift", "bias * post.scale", "the shift of the BatchNorm on the sum forgotten"
     ),
-    Listed(
-        FUSE,
-        "for (int64_t i = thread; i < job.C * 9;",
-        "for (int64_t i = thread; i <= job.C * 9;",
-        "a store past a row of taps",
-    ),
+    Listed(FUSE, "&& tap < job.C * 9)", "&& tap <= job.C * 9)", "a store past a row of taps"),
+    Listed(FUSE, "k >= 0 && tap >= 0 &&", "k >= 0 &&", "padding is folded"),
+    Listed(FUSE, "k < job.group_K ?", "k <= job.group_K ?", "a channel past the group is folded"),
+    Listed(FUSE, "chunk >= job.layout.chunks", "chunk > job.layout.chunks", "a chunk past the last one is packed"),
+    Listed(FUSE, "r * 3 + s, lane, e)", "s * 3 + r, lane, e)", "the filter transposed in packed weights"),
+    Listed(FUSE, "staged + i * kChunkC * 9", "staged", "the second chunk of tf32 is the first"),
+    Listed(FUSE, "bits[e] = round_tf32(bits_float(bits[e]));", ";", "packed tf32 is not rounded"),
     Listed(
         FUSE,
         "c == fold_identity_channel(k, job.C)",
@@ -195,8 +195,8 @@ LISTED = (
     ),
     Listed(
         FUSE,
-        "if (thread == kMaxBranches) post[0]",
-        "if (thread == kMaxBranches + 128) post[0]",
+        "i < kFuseK * (job.n_branches + 1);",
+        "i < kFuseK * job.n_branches;",
         "nobody computes the BatchNorm on the sum",
     ),
 )
@@ -230,6 +230,7 @@ _STEM = (
 _FUSE = (
     "fuse,6,8,float32,1,1,0,bn,bn+fuse,5,12,float16,1,1,0,bn,none",
     "fuse,6,2,float64,1,1,1,bn,none+fuse,3,5,float32,2,1,0,none,bn",
+    "fuse,24,24,float16,1,1,0,bn,none,2,both+fuse,20,20,float32,1,1,1,bn,bn,1,packed",
 )
 
 

@@ -5,7 +5,7 @@
 //   capture PARAMETERS conv ROW PROBLEM            as the row would launch it
 //   capture PARAMETERS pack ROW PROBLEM            its weights
 //   capture PARAMETERS tile TILE SPLIT PROBLEM     with a tile of kMmaTiles
-//   capture PARAMETERS fuse BLOCKS BRANCHES K C DTYPE
+//   capture PARAMETERS fuse BLOCKS BRANCHES K C DTYPE [1]    1: with packed weights
 //   capture PARAMETERS list                        all kernels, as {"kernel": NAME}
 // PROBLEM is N C H W K STRIDE GROUPS DTYPE LAYOUT ACTIVATION CAPABILITY, enumerators as numbers.
 //
@@ -139,6 +139,8 @@ static void fuse(const Numbers& v) {
     prob.weight_dtype = prob.bias_dtype = dtype;
     prob.weight = array(++arrays);
     prob.bias = array(++arrays);
+    prob.groups = 1;
+    if (v.size() > 5) prob.packed = array(++arrays);
     for (int i = 0; i < prob.n_branches; ++i) {
       FoldBranch& branch = prob.branches[i];
       branch.kind = static_cast<FoldKind>(2 - i % 3);

@@ -70,6 +70,7 @@ LAUNCHES = (
     Launch("pack-stem", "pack stem " + problem("1 3 5 7 8", FLOAT16, stride=2), ("pack_stem_kernel",), slow=True),
     Launch("pack", "pack mma " + problem("1 24 3 5 8", FLOAT16), ("pack_weights_kernel",)),
     Launch("fuse", f"fuse 1 3 8 8 {FLOAT32}", ("fuse_weights_kernel",)),
+    Launch("fuse-packed", f"fuse 1 3 8 8 {FLOAT32} 1", ("fuse_weights_kernel",), slow=True),
     Launch("fuse-two-blocks", f"fuse 2 3 4 8 {FLOAT32}", ("fuse_weights_kernel",), slow=True),
 )
 
@@ -118,7 +119,8 @@ BARRIERS = [
     pytest.param("conv3x3_direct.cuh", "the chunk is complete", "direct", id="direct", marks=pytest.mark.slow),
     pytest.param("conv3x3_mma.cuh", "the next column is complete", "mma", id="mma", marks=pytest.mark.slow),
     pytest.param("pack_weights.cuh", "", "pack", id="pack"),
-    pytest.param("fuse_weights.cuh", "", "fuse", id="fuse"),
+    pytest.param("fuse_weights.cuh", "what belongs", "fuse", id="fuse"),
+    pytest.param("fuse_weights.cuh", "the taps", "fuse-packed", id="fuse-packed", marks=pytest.mark.slow),
 ]
 
 
