@@ -68,7 +68,7 @@ def _blocks(
 
 
 @contextmanager
-def _numbered(op: str, block: int, prefix: str) -> Iterator[None]:
+def numbered(op: str, block: int, prefix: str) -> Iterator[None]:
     """Errors say the operator and the block in place of ``prefix``."""
     try:
         yield
@@ -81,7 +81,7 @@ def _fuse_each(op: str, fuse: Callable[..., tuple[Tensor, Tensor]], *args: Any) 
     *lists, dtype, bias_dtype = args
     weights, biases = [], []
     for i, (tensors, *geometry) in enumerate(_blocks(op, *lists)):
-        with _numbered(op, i, "fuse_weights: "):
+        with numbered(op, i, "fuse_weights: "):
             weight, bias = fuse(tensors, *geometry, dtype, bias_dtype)
         first = lists[0][0].device
         require(
@@ -113,7 +113,7 @@ def fuse_and_prepack(
     _require_entries(op, "strides", strides, len(weights))
     packed = []
     for i, weight in enumerate(weights):
-        with _numbered(op, i, "prepack: "):
+        with numbered(op, i, "prepack: "):
             packed.append(prepack(weight, input_sizes[4 * i : 4 * i + 4], strides[i], groups[i], *choice))
     return weights, biases, packed
 
@@ -131,20 +131,20 @@ def fuse_weights_backward(ctx: Any, grad_weight: Tensor, grad_bias: Tensor) -> t
     return grads, None, None, None, None, None, None
 
 
-def fuse_weights_batch_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    tensors, *ctx.lists, _, _ = inputs
+def batch_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Of ``fuse_weights_batch`` and ``fuse_and_prepack``, which begin with the same lists."""
+    tensors, *ctx.lists = inputs[:6]
     ctx.save_for_backward(*tensors)
 
 
-def fuse_weights_batch_backward(
-    ctx: Any, grad_weights: Sequence[Tensor], grad_biases: Sequence[Tensor]
+def batch_backward(
+    ctx: Any, grad_weights: Sequence[Tensor], grad_biases: Sequence[Tensor], *grad_packed: Any
 ) -> tuple[Any, ...]:
     grads: list[Tensor | None] = []
-    for block, *outputs in zip(
-        _blocks("fuse_weights_batch", list(ctx.saved_tensors), *ctx.lists), grad_weights, grad_biases, strict=True
-    ):
+    blocks = _blocks("fuse_weights_batch", list(ctx.saved_tensors), *ctx.lists)
+    for block, *outputs in zip(blocks, grad_weights, grad_biases, strict=True):
         grads += _fold_gradients(block, *outputs)
-    return grads, None, None, None, None, None, None, None
+    return grads, *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 def _fold_gradients(block: _Block, grad_weight: Tensor, grad_bias: Tensor) -> list[Tensor | None]:

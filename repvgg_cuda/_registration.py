@@ -282,7 +282,8 @@ _AUTOGRAD: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "conv3x3": (_conv3x3_setup_context, _conv3x3_backward),
     "conv3x3_chain": (_chain_setup_context, _chain_backward),
     "fuse_weights": (_fold_rules.fuse_weights_setup_context, _fold_rules.fuse_weights_backward),
-    "fuse_weights_batch": (_fold_rules.fuse_weights_batch_setup_context, _fold_rules.fuse_weights_batch_backward),
+    "fuse_weights_batch": (_fold_rules.batch_setup_context, _fold_rules.batch_backward),
+    "fuse_and_prepack": (_fold_rules.batch_setup_context, _fold_rules.batch_backward),
 }
 _VMAP: dict[str, Callable[..., Any]] = {
     "conv3x3": _conv3x3_vmap,

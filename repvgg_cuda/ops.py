@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from repvgg_cuda import _ext, _registration, reference
+from repvgg_cuda._fold_rules import numbered
 from repvgg_cuda.branches import Branches, dtype_name, require
 from repvgg_cuda.explanation import Explanation, Place, explain_rows, layer_text, place_of, place_text
 from repvgg_cuda.gpus import gpu_named
@@ -199,7 +200,7 @@ def fuse_weights(
 def fuse_weights_batch(
     blocks: Sequence[Branches], *, dtype: torch.dtype | None = None, bias_dtype: torch.dtype | None = None
 ) -> list[tuple[Tensor, Tensor]]:
-    """:func:`fuse_weights` for many blocks in one call: on a GPU one launch folds up to 63 blocks of three branches.
+    """:func:`fuse_weights` for many blocks in one call: on a GPU one launch folds up to 66 blocks of three branches.
 
     Args:
         blocks: all on one device; may be empty.
@@ -220,7 +221,7 @@ def fuse_weights_batch(
 
 
 class FusedLayer(NamedTuple):
-    """What :func:`fuse_and_prepack` makes of a block: the last three arguments of ``conv3x3(x, ...)``, by name."""
+    """What :func:`fuse_and_prepack` makes of a block: arguments of ``conv3x3``, beside stride and groups."""
 
     weight: Tensor
     bias: Tensor
@@ -238,7 +239,7 @@ def fuse_and_prepack(
     bias_dtype: torch.dtype | None = None,
 ) -> list[FusedLayer]:
     """:func:`fuse_weights_batch`, then :func:`prepack` of each weight. On a GPU one launch writes the weights of both
-    orders, where the algorithm reads the tensor cores' order (``"mma"``, ``"mma_tf32"``). Not differentiable.
+    orders, where the algorithm reads the tensor cores' order (``"mma"``, ``"mma_tf32"``).
 
     For weights that are folded again and again: after every epoch, after every step of an averaged model.
 
@@ -253,8 +254,8 @@ def fuse_and_prepack(
     Raises:
         RuntimeError: a tensor or a size does not fit, or ``algorithm`` refuses a block; the message names the block.
     Note:
-        On a GPU waits for the device once, at the end: cannot be captured in a CUDA graph. Source: RepVGG,
-        arXiv:2101.03697, sec. 3.3, formulas 3 and 4.
+        Weights and biases are differentiable in every tensor. On a GPU waits for the device at the end: cannot be
+        captured in a CUDA graph. Source: RepVGG, arXiv:2101.03697, sec. 3.3, formulas 3 and 4.
     """
     for name, values in (("input_sizes", input_sizes), ("strides", blocks if strides is None else strides)):
         require(
@@ -283,7 +284,10 @@ def fuse_and_prepack(
 
 def _lists_of(op: str, blocks: Sequence[Branches]) -> list[list[Any]]:
     """Blocks as the first arguments of an operator for many: tensors, tensors_per_block, bn_eps, geometry."""
-    arguments = [block.op_args() for block in blocks]
+    arguments = []
+    for i, block in enumerate(blocks):
+        with numbered(op, i, "fuse_weights: "):
+            arguments.append(block.op_args())
     tensors = [tensor for block_tensors, *_ in arguments for tensor in block_tensors]
     for tensor in tensors:
         _require_strided(f"{op}: every tensor", tensor)

@@ -75,6 +75,11 @@ small = x[:, :, :4, :4].detach().requires_grad_()
 assert torch.autograd.gradcheck(torch.ops.repvgg_cuda.conv3x3, (small, weight, bias))
 block = testing.random_branches(4, 4)
 torch.library.opcheck(torch.ops.repvgg_cuda.fuse_weights.default, (*block.op_args(), None, None))
+tensors, *geometry = block.op_args()
+tensors = [t.requires_grad_(t.numel() > 0) for t in tensors]
+lists = ([len(tensors)], geometry[0], *([each] for each in geometry[1:]))
+for more in ((None, None, [1, 4, 8, 8], [1]), (None, None, [1, 4, 8, 8], [1], "aten", "low")):
+    torch.library.opcheck(torch.ops.repvgg_cuda.fuse_and_prepack.default, (tensors, *lists, *more))
 """
     done = run_python(code, REPVGG_CUDA_DISABLE_EXTENSION="1")
     assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 import pytest
@@ -335,11 +336,23 @@ def test_an_empty_batch() -> None:
     assert repvgg_cuda.fuse_weights_batch([]) == []
 
 
+def fuse_and_prepack(blocks: list[Branches]) -> list[repvgg_cuda.FusedLayer]:
+    """With inputs that fit."""
+    return repvgg_cuda.fuse_and_prepack(blocks, [[1, block.in_channels, 14, 14] for block in blocks])
+
+
 def test_batch_errors_name_the_block() -> None:
     good, (bad, message) = BLOCKS["repvgg"], BAD_BLOCKS["eps"]
     with pytest.raises(RuntimeError) as error:
         repvgg_cuda.fuse_weights_batch([good, good, bad])
     assert str(error.value) == message.replace("fuse_weights: ", "fuse_weights_batch: block 2: ")
+
+
+@pytest.mark.parametrize("fuse", [repvgg_cuda.fuse_weights_batch, fuse_and_prepack], ids=["fused", "packed"])
+def test_a_batch_names_the_block_that_has_no_branches(fuse: Callable[..., object]) -> None:
+    good = BLOCKS["repvgg"]
+    with pytest.raises(RuntimeError, match=r": block 1: a block must have 1 to 32 branches, got 0$"):
+        fuse([good, dataclasses.replace(good, parts=())])
 
 
 BATCH = ([TENSOR] + [EMPTY] * 5, [6], [0.0], [4], [4], [1])

@@ -74,10 +74,11 @@ def test_opcheck_fuse_weights_batch(requires_grad: bool) -> None:
     torch.library.opcheck(OPS.fuse_weights_batch.default, (tensors, *lists, None, None))
 
 
-def test_opcheck_fuse_and_prepack() -> None:
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_opcheck_fuse_and_prepack(requires_grad: bool) -> None:
     arguments = batch_of(block_sample(torch.float32), testing.random_branches(3, 5, identity=False))
     sizes = [extent for C in arguments[3] for extent in (1, C, 14, 14)]
-    tensors = [t.detach() for t in arguments[0]]
+    tensors = [t.detach().requires_grad_(requires_grad and t.numel() > 0) for t in arguments[0]]
     torch.library.opcheck(OPS.fuse_and_prepack.default, (tensors, *arguments[1:], None, None, sizes, [1, 2]))
 
 
@@ -133,10 +134,15 @@ def test_gradients_of_fuse_weights() -> None:
     assert torch.autograd.gradgradcheck(f, values)
 
 
-def test_gradients_of_a_batch_are_those_of_its_blocks() -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["fused", "packed"])
+def test_gradients_of_a_batch_are_those_of_its_blocks(packed: bool) -> None:
     blocks = [block_sample(torch.float32), block_sample(torch.float32)]
     tensors, *lists = batch_of(*blocks)
-    weights, biases = OPS.fuse_weights_batch(tensors, *lists, None, None)
+    if packed:
+        sizes = [extent for block in blocks for extent in (1, block.in_channels, 14, 14)]
+        weights, biases, _ = OPS.fuse_and_prepack(tensors, *lists, None, None, sizes, [1, 1])
+    else:
+        weights, biases = OPS.fuse_weights_batch(tensors, *lists, None, None)
     (weights[0].square().sum() + biases[1].sum()).backward()  # two of the four outputs
     got = [t.grad for t in tensors]
     for block in blocks:

@@ -49,13 +49,23 @@ struct FoldTable {
   FoldJob jobs[kJobs];
   FoldBranch branches[kBranches];
 };
-// A block alone is launched with few parameters; the family's models fit one launch with many.
+
+// A block alone is launched with few parameters, a model's blocks with as many as there may be: blocks of 3 branches
+// fill them, others leave some of either.
 using FoldTableOne = FoldTable<1, kMaxBranches>;
-constexpr int kManyBranches = std::max(kMaxBranches, kMaxParameterBytes / 162);
-constexpr int kManyJobs = std::min<int>(
-    kMaxParameterBytes / 512, (kMaxParameterBytes - 8 - kManyBranches * sizeof(FoldBranch)) / sizeof(FoldJob));
-using FoldTableMany = FoldTable<kManyJobs, kManyBranches>;
-static_assert(sizeof(FoldTableOne) <= 4096 && sizeof(FoldTableMany) <= kMaxParameterBytes, "fit a kernel's parameters");
+constexpr int fold_table_branches(int bytes) {
+  constexpr int kOfBlock = 3, kBlockBytes = sizeof(FoldJob) + kOfBlock * sizeof(FoldBranch);
+  return std::max(kMaxBranches, bytes / kBlockBytes * kOfBlock);
+}
+constexpr int fold_table_jobs(int bytes) {
+  constexpr int kHeadBytes = alignof(FoldJob), kJobBytes = sizeof(FoldJob), kBranchBytes = sizeof(FoldBranch);
+  return (bytes - kHeadBytes - fold_table_branches(bytes) * kBranchBytes) / kJobBytes;
+}
+template <int kBytes>
+using FoldTableOf = FoldTable<fold_table_jobs(kBytes), fold_table_branches(kBytes)>;
+using FoldTableMany = FoldTableOf<kMaxParameterBytes>;
+static_assert(sizeof(FoldTableOne) <= 4096 && sizeof(FoldTableOf<4096>) <= 4096, "fit in parameters before CUDA 12.1");
+static_assert(sizeof(FoldTableOf<32764>) <= 32764 && FoldTableOf<32764>::kMaxJobs == 66, "fit in those since then");
 
 // Elements [i, i + kVector), of 16 bytes or 8 or 2 times 16 together where there are four.
 template <int kVector>
@@ -87,38 +97,50 @@ __device__ __forceinline__ void fuse_weights_load(const FoldArray& from, int64_t
   }
 }
 
-// Elements rounded to a dtype of 16 or 32 bits.
+// Elements rounded to a dtype of 16 or 32 bits; 0 for float64.
 template <int kVector>
 __device__ __forceinline__ void fuse_weights_round(DType dtype, const double (&values)[kVector],
                                                    uint32_t (&bits)[kVector]) {
 #pragma unroll
   for (int e = 0; e < kVector; ++e) {
-    if (dtype == DType::kFloat32) {
-      bits[e] = float_bits(static_cast<float>(values[e]));
-    } else {
-      bits[e] = dtype == DType::kFloat16 ? Float16::encode(values[e]) : BFloat16::encode(values[e]);
+    switch (dtype) {
+      case DType::kFloat64: bits[e] = 0; break;
+      case DType::kFloat32: bits[e] = float_bits(static_cast<float>(values[e])); break;
+      case DType::kFloat16: bits[e] = Float16::encode(values[e]); break;
+      case DType::kBFloat16: bits[e] = BFloat16::encode(values[e]); break;
     }
   }
 }
 
-// Writes elements [i, i + kVector); `bits` are their roundings.
+// Writes elements [i, i + kVector): of float64 the values, else their roundings.
 template <int kVector>
 __device__ __forceinline__ void fuse_weights_store(void* to, DType dtype, int64_t i, const double (&values)[kVector],
                                                    const uint32_t (&bits)[kVector]) {
-  if constexpr (kVector == kFuseVector) {
-    if (dtype == DType::kFloat64) {
+  if (dtype == DType::kFloat64) {
+    double* const at = static_cast<double*>(to) + i;
+    if constexpr (kVector == kFuseVector) {
       uint32_t halves[4];
       for (int half = 0; half < 2; ++half) {
         memcpy(halves, &values[2 * half], sizeof halves);
-        store_global_16(static_cast<double*>(to) + i + 2 * half, halves[0], halves[1], halves[2], halves[3]);
+        store_global_16(at + 2 * half, halves[0], halves[1], halves[2], halves[3]);
       }
-    } else if (dtype == DType::kFloat32) {
-      store_global_16(static_cast<float*>(to) + i, bits[0], bits[1], bits[2], bits[3]);
     } else {
-      store_global_8(static_cast<uint16_t*>(to) + i, bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
+      *at = values[0];
+    }
+  } else if (dtype == DType::kFloat32) {
+    uint32_t* const at = static_cast<uint32_t*>(to) + i;
+    if constexpr (kVector == kFuseVector) {
+      store_global_16(at, bits[0], bits[1], bits[2], bits[3]);
+    } else {
+      *at = bits[0];
     }
   } else {
-    store_double(to, dtype, i, values[0]);
+    uint16_t* const at = static_cast<uint16_t*>(to) + i;
+    if constexpr (kVector == kFuseVector) {
+      store_global_8(at, bits[0] | bits[1] << 16, bits[2] | bits[3] << 16);
+    } else {
+      *at = static_cast<uint16_t>(bits[0]);
+    }
   }
 }
 

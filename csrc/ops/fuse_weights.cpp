@@ -25,9 +25,17 @@ ScalarType scalar_type(DType dtype) {
   throw std::runtime_error("unknown dtype");
 }
 
-// Folds on the device of `outputs`, each problem into its own.
-void fold(const std::vector<FoldProblem>& problems, const Tensor& output) {
-  if (!output.is_cuda()) {
+// Absent tensors are empty ones, of any device: the first that is there says where the block lies.
+const Tensor& first_present(const std::vector<Tensor>& tensors) {
+  for (const Tensor& tensor : tensors) {
+    if (tensor.numel() > 0) return tensor;
+  }
+  return tensors.front();
+}
+
+// Folds on the device that `like` lies on, as the tensors of all problems do.
+void fold(const std::vector<FoldProblem>& problems, const Tensor& like) {
+  if (!like.is_cuda()) {
     for (const FoldProblem& prob : problems) {
       const int64_t grain = 1 + 32768 / (9 * prob.C);  // channels worth a thread
       torch::stable::parallel_for(0, prob.K, grain,
@@ -36,10 +44,10 @@ void fold(const std::vector<FoldProblem>& problems, const Tensor& output) {
     return;
   }
 #ifdef RVG_WITH_CUDA
-  const torch::stable::accelerator::DeviceGuard guard(output.get_device_index());
-  cuda::fuse_weights(problems.data(), static_cast<int>(problems.size()), current_stream(output.get_device_index()));
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  cuda::fuse_weights(problems.data(), static_cast<int>(problems.size()), current_stream(like.get_device_index()));
 #else
-  check(false, "fuse_weights: ", device_name(output),
+  check(false, "fuse_weights: ", device_name(like),
         " tensors need CUDA kernels, which this build lacks: rebuild with REPVGG_CUDA_BUILD=cuda, or fuse on the CPU");
 #endif
 }
@@ -73,7 +81,7 @@ auto numbered(const char* op, size_t block, const std::string& prefix, const F& 
 
 // Many blocks, checked, with the tensors that their problems point to.
 struct FoldBatch {
-  std::vector<FoldProblem> problems;
+  std::vector<FoldProblem> problems;  // at least one
   std::vector<Tensor> weights, biases;
   std::vector<std::vector<Tensor>> inputs;  // kept: they may be contiguous copies
 };
@@ -83,6 +91,7 @@ FoldBatch make_batch(const char* op, const std::vector<Tensor>& tensors, const s
                      const std::vector<int64_t>& out_channels, const std::vector<int64_t>& groups,
                      std::optional<ScalarType> dtype, std::optional<ScalarType> bias_dtype) {
   const size_t n = tensors_per_block.size();
+  check(n > 0, op, ": tensors_per_block must not be empty");
   int64_t count_tensors = 0, count_eps = 0;
   for (const int64_t count : tensors_per_block) {
     check(count >= 1, op, ": tensors_per_block must be at least 1, got ", count);
@@ -106,9 +115,11 @@ FoldBatch make_batch(const char* op, const std::vector<Tensor>& tensors, const s
     batch.problems.push_back(numbered(op, i, "fuse_weights: ", [&] {
       return make_fold_problem(inputs, block_eps, in_channels[i], out_channels[i], groups[i], dtype, bias_dtype);
     }));
-    check(same_device(inputs.front(), tensors.front()), op, ": block ", i, " must be on the device of block 0 (",
-          device_name(tensors.front()), "), got ", device_name(inputs.front()), "; fuse it in a call of its own");
-    auto [weight, bias] = allocate(batch.problems.back(), tensors.front());
+    const Tensor& mine = first_present(inputs);
+    const Tensor& first = i == 0 ? mine : batch.weights.front();
+    check(same_device(mine, first), op, ": block ", i, " must be on the device of block 0 (", device_name(first),
+          "), got ", device_name(mine), "; fuse it in a call of its own");
+    auto [weight, bias] = allocate(batch.problems.back(), mine);
     batch.weights.push_back(std::move(weight));
     batch.biases.push_back(std::move(bias));
   }
@@ -121,8 +132,8 @@ std::tuple<Tensor, Tensor> fuse_weights(std::vector<Tensor> tensors, const std::
                                         int64_t in_channels, int64_t out_channels, int64_t groups,
                                         std::optional<ScalarType> dtype, std::optional<ScalarType> bias_dtype) {
   FoldProblem prob = make_fold_problem(tensors, bn_eps, in_channels, out_channels, groups, dtype, bias_dtype);
-  const std::tuple<Tensor, Tensor> outputs = allocate(prob, tensors.front());
-  fold({prob}, tensors.front());
+  const std::tuple<Tensor, Tensor> outputs = allocate(prob, first_present(tensors));
+  fold({prob}, std::get<0>(outputs));
   return outputs;
 }
 
@@ -133,7 +144,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> fuse_weights_batch(
     std::optional<ScalarType> bias_dtype) {
   FoldBatch batch = make_batch("fuse_weights_batch", tensors, tensors_per_block, bn_eps, in_channels, out_channels,
                                groups, dtype, bias_dtype);
-  if (!tensors.empty()) fold(batch.problems, tensors.front());
+  fold(batch.problems, batch.weights.front());
   return {std::move(batch.weights), std::move(batch.biases)};
 }
 
@@ -150,7 +161,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>> fuse_a
   check_entries(op, "input_sizes", input_sizes.size(), 4 * static_cast<int64_t>(n));
   check_entries(op, "strides", strides.size(), static_cast<int64_t>(n));
   std::optional<torch::stable::accelerator::DeviceGuard> guard;
-  if (n > 0 && tensors.front().is_cuda()) guard.emplace(tensors.front().get_device_index());
+  const Tensor& first = batch.weights.front();
+  if (first.is_cuda()) guard.emplace(first.get_device_index());
 
   std::vector<NewPacked> packed;
   for (size_t i = 0; i < n; ++i) {
@@ -160,7 +172,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>, std::vector<Tensor>> fuse_a
     }));
     batch.problems[i].packed = packed.back().for_fold();
   }
-  if (n > 0) fold(batch.problems, tensors.front());
+  fold(batch.problems, first);
   for (size_t i = 0; i < n; ++i) {  // all launches come before the first wait
     if (batch.problems[i].packed == nullptr) packed[i].pack(batch.weights[i]);
   }

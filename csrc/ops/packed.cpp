@@ -130,7 +130,6 @@ struct OwningHeader {
 };
 
 Tensor owning_header(const Where& where, PackedHeader header, Tensor payload) {
-  check(torch_from_blob != nullptr, where, "packing weights on a GPU needs torch 2.11 or later");
   auto* const owner = new OwningHeader(header, std::move(payload));
   const int64_t size = kHeaderBytes, stride = 1;
   AtenTensorHandle handle = nullptr;
@@ -198,6 +197,7 @@ NewPacked::NewPacked(const Where& where, const Tensor& weight, const std::vector
   header_.stride = prob_.stride;
   const int64_t bytes = algo_ == nullptr ? 0 : algo_->packed_bytes(prob_);
   if (weight.is_cuda() && bytes > 0) {
+    check(torch_from_blob != nullptr, where, "packing weights on a GPU needs torch 2.11 or later");  // to finish
     device_ = torch::stable::empty({&bytes, 1}, ScalarType::Byte, std::nullopt, weight.device());
     header_.device_payload = device_->const_data_ptr();
     header_.device_bytes = bytes;

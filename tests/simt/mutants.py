@@ -226,7 +226,7 @@ def verdict(mode: str, program: Path, result: subprocess.CompletedProcess[str]) 
         found = counts.conflicts(counts.parse(program, result.stdout)) if mode == "count" else []
         return f"counters: bank conflicts, {found[0].place}" if found else ""
     if result.returncode == 4:
-        return "executor: " + result.stderr.split("simt: ", 1)[-1].splitlines()[0][:60]
+        return "executor: " + result.stderr.split("simt: ", 1)[-1].splitlines()[0][:80]
     names = {1: "wrong result", 3: "guard page", 65: "AddressSanitizer, UBSan", 66: "ThreadSanitizer"}
     return names.get(result.returncode, f"exit status {result.returncode}")
 
