@@ -83,13 +83,13 @@ def _fuse_each(op: str, fuse: Callable[..., tuple[Tensor, Tensor]], *args: Any) 
     for i, (tensors, *geometry) in enumerate(_blocks(op, *lists)):
         with numbered(op, i, "fuse_weights: "):
             weight, bias = fuse(tensors, *geometry, dtype, bias_dtype)
-        first = lists[0][0].device
+        weights.append(weight)
+        first = weights[0].device
         require(
-            tensors[0].device == first,
-            f"{op}: block {i} must be on the device of block 0 ({first}), got {tensors[0].device}; "
+            weight.device == first,
+            f"{op}: block {i} must be on the device of block 0 ({first}), got {weight.device}; "
             "fuse it in a call of its own",
         )
-        weights.append(weight)
         biases.append(bias)
     return weights, biases
 

@@ -200,7 +200,7 @@ def fuse_weights(
 def fuse_weights_batch(
     blocks: Sequence[Branches], *, dtype: torch.dtype | None = None, bias_dtype: torch.dtype | None = None
 ) -> list[tuple[Tensor, Tensor]]:
-    """:func:`fuse_weights` for many blocks in one call: on a GPU one launch folds up to 66 blocks of three branches.
+    """:func:`fuse_weights` for many blocks in one call: on a GPU one launch folds up to 67 blocks of three branches.
 
     Args:
         blocks: all on one device; may be empty.
@@ -257,7 +257,8 @@ def fuse_and_prepack(
         Weights and biases are differentiable in every tensor. On a GPU waits for the device at the end: cannot be
         captured in a CUDA graph. Source: RepVGG, arXiv:2101.03697, sec. 3.3, formulas 3 and 4.
     """
-    for name, values in (("input_sizes", input_sizes), ("strides", blocks if strides is None else strides)):
+    strides = [1] * len(blocks) if strides is None else list(strides)
+    for name, values in (("input_sizes", input_sizes), ("strides", strides)):
         require(
             len(values) == len(blocks),
             f"fuse_and_prepack: {name} must have one entry for each of the {len(blocks)} blocks, got {len(values)}",
@@ -275,7 +276,7 @@ def fuse_and_prepack(
         dtype,
         bias_dtype,
         sizes,
-        [1] * len(blocks) if strides is None else list(strides),
+        strides,
         algorithm,
         memory,
     )

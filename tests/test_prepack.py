@@ -65,10 +65,7 @@ def packing(case: testing.Case = CASE) -> str:
 @pytest.mark.parametrize(
     ("case", "want"),
     [
-        (
-            testing.Case("notebook", 1, 2, 256, 256, 2),
-            "planar",
-        ),  # two of eight lanes: the stem takes three times as long
+        (testing.Case("notebook", 1, 2, 256, 256, 2), "planar"),  # it would use two of eight lanes
         (testing.Case("stem", 1, 3, 224, 224, 48, stride=2), "stem"),
     ],
     ids=str,

@@ -21,7 +21,7 @@ void wait_for_stream(void* stream);
 double aten_cost(const ConvProblem& prob, const Device& device);
 
 // Folds n blocks on `stream`, with one launch for as many as a kernel's parameters describe (with CUDA 12.1 and later
-// 66 blocks of three branches). With `packed` a block also gets, or only, what the pack of a row that folds_packed
+// 67 blocks of three branches). With `packed` a block also gets, or only, what the pack of a row that folds_packed
 // would make of its weight, bit for bit. Throws std::runtime_error if a launch fails.
 void fuse_weights(const FoldProblem* problems, int n, void* stream);
 

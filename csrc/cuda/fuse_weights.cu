@@ -24,7 +24,6 @@ FoldJob make_job(const FoldProblem& prob, int32_t first_branch, unsigned first_b
   const int32_t groups = prob.packed == nullptr ? 1 : prob.groups;
   const int chunk_C = prob.packed != nullptr && prob.weight_dtype == DType::kFloat32 ? kChunkBytes / 4 : kFuseC;
   FoldJob job{};
-  job.K = prob.K;
   job.C = prob.C;
   job.weight = prob.weight;
   job.bias = prob.bias;

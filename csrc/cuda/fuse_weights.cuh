@@ -26,7 +26,7 @@ static_assert(kFusePitch % 8 == 4, "8 rows begin in 8 different groups of 4 bank
 
 // A FoldProblem whose branches are [first_branch, first_branch + n_branches) of the table.
 struct FoldJob {
-  int64_t K, C;
+  int64_t C;
   void *weight, *bias;  // weight: nullptr where it is not asked for
   char* packed;         // the same
   FoldBatchNorm post_bn;
@@ -65,7 +65,7 @@ template <int kBytes>
 using FoldTableOf = FoldTable<fold_table_jobs(kBytes), fold_table_branches(kBytes)>;
 using FoldTableMany = FoldTableOf<kMaxParameterBytes>;
 static_assert(sizeof(FoldTableOne) <= 4096 && sizeof(FoldTableOf<4096>) <= 4096, "fit in parameters before CUDA 12.1");
-static_assert(sizeof(FoldTableOf<32764>) <= 32764 && FoldTableOf<32764>::kMaxJobs == 66, "fit in those since then");
+static_assert(sizeof(FoldTableOf<32764>) <= 32764 && FoldTableOf<32764>::kMaxJobs == 67, "fit in those since then");
 
 // Elements [i, i + kVector), of 16 bytes or 8 or 2 times 16 together where there are four.
 template <int kVector>
